@@ -1,0 +1,138 @@
+"""CustomResourceDefinitions made from the API types: structural schemas with CEL rules, columns and short names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .api import GROUP, VERSION, FederatedDiffusionJob, PrivacyRelease, PrivateDataset, Wire
+
+Schema = dict[str, Any]
+
+_COLUMNS: Mapping[str, tuple[tuple[str, str, str], ...]] = {
+    "PrivateDataset": (
+        ("Budget", "string", ".spec.budget.epsilon"),
+        ("Spent", "string", ".status.budget.spent"),
+        ("Remaining", "string", ".status.budget.remaining"),
+        ("Unit", "string", ".spec.budget.unit"),
+        ("Delta", "string", ".spec.budget.delta"),
+        ("Age", "date", ".metadata.creationTimestamp"),
+    ),
+    "PrivacyRelease": (
+        ("Client", "string", ".spec.client"),
+        ("Job", "string", ".spec.job.name"),
+        ("Mechanism", "string", ".spec.mechanism"),
+        ("Epsilon", "string", ".spec.epsilon"),
+        ("Unit", "string", ".spec.unit"),
+        ("Phase", "string", ".status.phase"),
+        ("Age", "date", ".metadata.creationTimestamp"),
+    ),
+    "FederatedDiffusionJob": (
+        ("Phase", "string", ".status.phase"),
+        ("Clients", "string", ".status.clientsSummary"),
+        ("Progress", "string", ".status.progress"),
+        ("Epsilon", "string", ".spec.privacy.epsilon"),
+        ("Trainer", "string", ".status.trainer"),
+        ("Age", "date", ".metadata.creationTimestamp"),
+    ),
+}
+_NAMES = {
+    "PrivateDataset": ("privatedatasets", "pds"),
+    "PrivacyRelease": ("privacyreleases", "prl"),
+    "FederatedDiffusionJob": ("federateddiffusionjobs", "fdj"),
+}
+_KINDS: tuple[type[Wire], ...] = (PrivateDataset, PrivacyRelease, FederatedDiffusionJob)
+
+
+def definitions() -> dict[str, Schema]:
+    """Each kind's CustomResourceDefinition by the name of its plural, ready to be written as YAML."""
+    return {_NAMES[kind.__name__][0]: _definition(kind) for kind in _KINDS}
+
+
+def _definition(kind: type[Wire]) -> Schema:
+    plural, short = _NAMES[kind.__name__]
+    version = {
+        "name": VERSION,
+        "served": True,
+        "storage": True,
+        "subresources": {"status": {}},
+        "additionalPrinterColumns": [
+            {"name": name, "type": kind_of_column, "jsonPath": path}
+            for name, kind_of_column, path in _COLUMNS[kind.__name__]
+        ],
+        "schema": {"openAPIV3Schema": _object_schema(kind)},
+    }
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{GROUP}"},
+        "spec": {
+            "group": GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": kind.__name__,
+                "plural": plural,
+                "singular": kind.__name__.lower(),
+                "shortNames": [short],
+                "categories": ["feddiff"],
+            },
+            "versions": [version],
+        },
+    }
+
+
+def _object_schema(kind: type[Wire]) -> Schema:
+    schema = kind.model_json_schema(by_alias=True, mode="validation")
+    spec = _structural(schema["properties"]["spec"], schema.get("$defs", {}))
+    return {
+        "type": "object",
+        "description": (kind.__doc__ or f"A {kind.__name__}.").strip(),
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": spec,
+            "status": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+        },
+    }
+
+
+def _structural(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
+    """`schema` without references, unions and titles, as Kubernetes' structural schemas demand."""
+    schema = _resolved(schema, definitions)
+    result: Schema = {key: schema[key] for key in _KEPT if key in schema}
+    if isinstance(result.get("default"), dict):
+        result["default"] = {key: value for key, value in result["default"].items() if value is not None}
+    rules = list(schema.get("x-kubernetes-validations", []))
+    if "const" in schema:
+        result["enum"] = [schema["const"]]
+    if "properties" in schema:
+        result["properties"] = {name: _structural(part, definitions) for name, part in schema["properties"].items()}
+    elif result.get("type") == "object":
+        result["x-kubernetes-preserve-unknown-fields"] = True
+    if "items" in schema:
+        result["items"] = _structural(schema["items"], definitions)
+    if result.get("type") == "array":
+        result["x-kubernetes-list-type"] = "atomic"
+    if rules:
+        result["x-kubernetes-validations"] = rules
+    return result
+
+
+_KEPT = ("type", "description", "default", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems",
+         "minimum", "maximum", "required")  # fmt: skip
+
+
+def _resolved(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
+    """`schema` with its reference followed and `null` taken out of its union; what stands beside a reference
+    (a default, a description, more rules) is kept."""
+    if "anyOf" in schema:
+        (real,) = [part for part in schema["anyOf"] if part.get("type") != "null"]
+        beside = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}
+        return _resolved({**real, **beside}, definitions)
+    if "$ref" in schema:
+        target = definitions[schema["$ref"].rpartition("/")[2]]
+        rules = [*target.get("x-kubernetes-validations", []), *schema.get("x-kubernetes-validations", [])]
+        beside = {key: value for key, value in schema.items() if key not in ("$ref", "x-kubernetes-validations")}
+        merged = {**_resolved(target, definitions), **beside}
+        return {**merged, "x-kubernetes-validations": rules} if rules else merged
+    return schema

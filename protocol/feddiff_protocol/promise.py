@@ -1,0 +1,105 @@
+"""What one release promises and how much noise that takes: the mechanisms' fields turned into numbers.
+
+The planner prints these numbers and the release stage draws noise with them, so both call this.
+"""
+
+import math
+from dataclasses import dataclass
+from decimal import Decimal
+
+from . import accountant
+from .api import DiffusionSpec, FederatedDiffusionJobSpec, ImageSpec, Mechanism, PrivacySpec
+from .errors import SpecInvalid
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Promise:
+    """μ-GDP per image, replace-one within a class, of one release. σ and clip are in [-1, 1] units."""
+
+    mechanism: Mechanism
+    mu: float  # what is charged, and what the noise is drawn for
+    charge: accountant.Charge
+    split_step: int
+    split_sigma: float
+    mean_std: float | None = None  # summary: noise on the per-class sum of clipped images, [0, 1] units
+    moment_std: float | None = None  # summary: noise on the per-class second moment, [0, 1] units
+    step_mu: float | None = None  # gaussian: what the chosen step really gives, at most mu
+
+
+def schedule_of(diffusion: DiffusionSpec) -> Schedule:
+    """The job's noise schedule. Raises SpecInvalid for one that runs out of float64."""
+    try:
+        return Schedule(diffusion.steps, float(diffusion.beta_start), float(diffusion.beta_end))
+    except ValueError as error:
+        raise SpecInvalid(f"spec.diffusion: {error}") from None
+
+
+def promise_of(privacy: PrivacySpec, diffusion: DiffusionSpec) -> Promise:
+    """The promise a job makes to every client. Raises SpecInvalid when no split can keep it."""
+    mechanism = _summary_promise if privacy.mechanism is Mechanism.SUMMARY else _gaussian_promise
+    try:
+        mu_squared = accountant.charge_mu_squared(privacy.epsilon, privacy.delta)
+        return mechanism(privacy, diffusion, math.sqrt(mu_squared), mu_squared)
+    except accountant.UnreachablePromise as error:
+        reachable = accountant.epsilon_of(error.smallest_mu, float(privacy.delta))
+        raise SpecInvalid(f"spec.privacy.epsilon: {error}; the smallest ε in reach is {reachable:.4g}") from None
+    except ValueError as error:
+        raise SpecInvalid(f"spec.privacy: {error}") from None
+
+
+def _gaussian_promise(privacy: PrivacySpec, diffusion: DiffusionSpec, mu: float, mu_squared: Decimal) -> Promise:
+    schedule = schedule_of(diffusion)
+    sensitivity = gaussian_sensitivity(privacy)
+    step = accountant.split_for(mu, sensitivity, schedule)
+    sigma = schedule.sigma(step)
+    return Promise(
+        Mechanism.GAUSSIAN, mu, accountant.Charge(mu_squared=mu_squared), step, sigma, step_mu=sensitivity / sigma
+    )
+
+
+def gaussian_sensitivity(privacy: PrivacySpec) -> float:
+    """Largest distance of two clipped images in [-1, 1] units; a clip in [0, 1] units is stretched by two."""
+    sensitivity = accountant.gaussian_sensitivity(
+        float(privacy.clip_norm), non_negative=privacy.clips_non_negative_pixels
+    )
+    return 2 * sensitivity if privacy.clips_non_negative_pixels else sensitivity
+
+
+def _summary_promise(privacy: PrivacySpec, diffusion: DiffusionSpec, mu: float, mu_squared: Decimal) -> Promise:
+    schedule = schedule_of(diffusion)
+    assert diffusion.split_sigma is not None and privacy.moment_clip_norm is not None  # the types' validators saw to it
+    step = schedule.step_at_least(float(diffusion.split_sigma))
+    if step is None:
+        raise SpecInvalid(
+            f"spec.diffusion.splitSigma: expected at most σ = {schedule.sigma(diffusion.steps):.4g} of the last step,"
+            f" found {diffusion.split_sigma}; lower it"
+        )
+    noise = accountant.summary_noise(
+        mu,
+        accountant.gaussian_sensitivity(float(privacy.clip_norm), non_negative=True),
+        float(privacy.moment_clip_norm),
+        float(privacy.mean_share_or_default),
+    )
+    charge = accountant.Charge(mu_squared=mu_squared)
+    return Promise(
+        Mechanism.SUMMARY, mu, charge, step, schedule.sigma(step), mean_std=noise.mean_std, moment_std=noise.moment_std
+    )
+
+
+def signal_to_noise_db(spec: FederatedDiffusionJobSpec, promise: Promise, image: ImageSpec, num_records: int) -> float:
+    """Signal left per dimension in dB: of one image (gaussian), of a class's mean over `num_records` (summary)."""
+    clip_norm = float(spec.privacy.clip_norm)
+    if promise.mean_std is None:
+        scale = 2 if spec.privacy.clips_non_negative_pixels else 1
+        return accountant.signal_to_noise_db(scale * clip_norm, promise.split_sigma, image.dimensions)
+    return accountant.signal_to_noise_db(clip_norm, promise.mean_std / max(num_records, 1), image.dimensions)
+
+
+NOT_COVERED = (
+    "labels, the number of records per class, image size and class names: public by declaration",
+    "an owner's personal denoiser, its samples and the owner report: not private, they stay in the owner's store",
+    "several images of one person: the unit of the promise is the image",
+    "that an owner took part, when it did, and how long its stages ran",
+    "clip norms, centre and variance guess, if somebody chose them by looking at the data",
+)

@@ -65,8 +65,12 @@ def _decimal_schema(*rules: str) -> WithJsonSchema:
     return WithJsonSchema(schema)
 
 
+def _decimal_to_text(value: Decimal) -> str:
+    return str(value).replace("E+", "E")  # "1E+1" is how Decimal writes 1e1; the pattern knows no plus sign
+
+
 Quantity = Annotated[
-    Decimal, BeforeValidator(_decimal_from_text), PlainSerializer(str, return_type=str), _decimal_schema()
+    Decimal, BeforeValidator(_decimal_from_text), PlainSerializer(_decimal_to_text, return_type=str), _decimal_schema()
 ]
 Positive = Annotated[Quantity, Field(gt=0), _decimal_schema("> 0.0")]
 NonNegative = Annotated[Quantity, Field(ge=0), _decimal_schema(">= 0.0")]

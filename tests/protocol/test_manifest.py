@@ -2,6 +2,7 @@ import json
 from decimal import Decimal
 
 import pytest
+
 from feddiff_protocol.api import ClassesSpec, DiffusionSpec, ImageSpec, Mechanism, PrivacySpec, SourceSpec
 from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.manifest import GridSteps, Manifest, Seal, ShardReference, shard_name, spec_sha256

@@ -1,0 +1,214 @@
+"""YAML files become one job and its datasets, every path resolved against the file that names it."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from feddiff_protocol.api import (
+    DatasetReference,
+    FederatedDiffusionJob,
+    PrivateDataset,
+    SourceSpec,
+    parse_document,
+)
+from feddiff_protocol.errors import InputMissing, SpecInvalid
+from feddiff_protocol.promise import Promise, promise_of
+
+LARGEST_FILE_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class LocalDataset:
+    """A dataset whose source paths are absolute, links followed: one set of records has one ledger."""
+
+    document: PrivateDataset
+
+    @property
+    def key(self) -> str:
+        return f"{self.document.metadata.namespace}/{self.document.metadata.name}"
+
+    @property
+    def source(self) -> SourceSpec:
+        return self.document.spec.source
+
+    @property
+    def owner_folder(self) -> Path:
+        """Beside the records: ledger and owner's store outlive every run folder."""
+        metadata = self.document.metadata
+        return Path(self.source.path).parent / "feddiff" / f"{metadata.namespace}.{metadata.name}"
+
+
+@dataclass(frozen=True)
+class Documents:
+    datasets: tuple[LocalDataset, ...]
+    jobs: tuple[FederatedDiffusionJob, ...]
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """One job and, for each of its clients, the dataset."""
+
+    document: FederatedDiffusionJob
+    datasets: Mapping[str, LocalDataset]
+    promise: Promise
+
+    @property
+    def first_dataset(self) -> LocalDataset:
+        return next(iter(self.datasets.values()))
+
+
+def load_job(files: Sequence[Path]) -> LocalJob:
+    """The one job of `files` with its datasets. Raises SpecInvalid or InputMissing, naming file and field."""
+    documents = load_documents(files)
+    if len(documents.jobs) != 1:
+        found = ", ".join(job.metadata.name for job in documents.jobs) or "none"
+        raise SpecInvalid(f"{_listed(files)}: expected exactly one FederatedDiffusionJob, found {found}; name one file")
+    return local_job(documents.jobs[0], documents.datasets)
+
+
+def local_job(job: FederatedDiffusionJob, datasets: Iterable[LocalDataset]) -> LocalJob:
+    """The job with its clients' datasets, which must agree with each other and with the job."""
+    by_key = {dataset.key: dataset for dataset in datasets}
+    of_client = {client.name: _dataset_of(job, client.name, client.dataset, by_key) for client in job.spec.clients}
+    _check_agreement(job, of_client)
+    return LocalJob(job, of_client, checked_promise(job))
+
+
+def checked_promise(job: FederatedDiffusionJob) -> Promise:
+    """The job's promise. Raises SpecInvalid where its numbers lie outside what can be computed."""
+    try:
+        return promise_of(job.spec.privacy, job.spec.diffusion)
+    except (ValueError, ArithmeticError) as error:
+        raise SpecInvalid(f"job {job.metadata.name}: spec.privacy, spec.diffusion: {error}") from None
+
+
+def load_documents(files: Sequence[Path]) -> Documents:
+    """Everything in `files`; a dataset or job that is there twice is refused."""
+    datasets: dict[str, LocalDataset] = {}
+    jobs: list[FederatedDiffusionJob] = []
+    for file in files:
+        for where, value in _read(file):
+            document = parse_document(value, where)
+            if isinstance(document, FederatedDiffusionJob):
+                jobs.append(document)
+                continue
+            dataset = resolved(document, file.resolve().parent)
+            if dataset.key in datasets:
+                raise SpecInvalid(f"{where}: dataset {dataset.key} is described twice; keep one")
+            datasets[dataset.key] = dataset
+    _check_distinct_records(datasets.values())
+    return Documents(tuple(datasets.values()), tuple(jobs))
+
+
+def resolved(document: PrivateDataset, folder: Path) -> LocalDataset:
+    """The dataset with its source paths absolute, relative ones taken from `folder`."""
+    source = document.spec.source
+    paths = {
+        name: os.path.realpath(folder / value)
+        for name in ("path", "labels_path", "holdout_path", "holdout_labels_path")
+        if (value := getattr(source, name)) is not None
+    }
+    spec = document.spec.model_copy(update={"source": source.model_copy(update=paths)})
+    return LocalDataset(document.model_copy(update={"spec": spec}))
+
+
+def _read(file: Path) -> Iterator[tuple[str, Any]]:
+    """Each document of a file with the words that name it in a message."""
+    try:
+        if file.stat().st_size > LARGEST_FILE_BYTES:
+            raise SpecInvalid(f"{file}: expected a file of at most {LARGEST_FILE_BYTES} bytes; is this the right one?")
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SpecInvalid(f"{file}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputMissing(f"{file}: cannot be read: {reason}") from None
+    found = [(f"{file}: document {index}", value) for index, value in enumerate(parse_yaml(text, str(file)), start=1)]
+    yield from ((where, value) for where, value in found if value is not None)
+
+
+def parse_yaml(text: str, where: str) -> list[Any]:
+    """The plain values of all documents in `text`. Raises SpecInvalid for whatever YAML does not allow."""
+    try:
+        return list(yaml.load_all(text, Loader=_StrictLoader))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise SpecInvalid(f"{where}: line {line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, ArithmeticError, TypeError, KeyError, IndexError) as error:
+        raise SpecInvalid(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise SpecInvalid(f"{where}: not valid: nested too deeply") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe loading that refuses what would be settled silently: a key given twice, and aliases (they can
+    multiply a small file into a huge value)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                None, None, "aliases are not supported; repeat the value", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen if isinstance(key, yaml.ScalarNode) else False:
+                raise yaml.constructor.ConstructorError(None, None, f'"{key.value}" is given twice', key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _dataset_of(
+    job: FederatedDiffusionJob, client: str, reference: DatasetReference, datasets: Mapping[str, LocalDataset]
+) -> LocalDataset:
+    key = f"{reference.namespace}/{reference.name}"
+    if key not in datasets:
+        known = ", ".join(sorted(datasets)) or "none"
+        raise SpecInvalid(
+            f"job {job.metadata.name}: client {client} uses dataset {key}, found {known}; name the file that holds it"
+        )
+    return datasets[key]
+
+
+def _check_agreement(job: FederatedDiffusionJob, datasets: Mapping[str, LocalDataset]) -> None:
+    """All clients of a job share image shape, number of classes and class names: they train one network."""
+    (first, expected), *others = datasets.items()
+    for client, dataset in others:
+        for what, found, wanted in (
+            ("image", dataset.document.spec.image, expected.document.spec.image),
+            ("classes.count", dataset.document.spec.classes.count, expected.document.spec.classes.count),
+            ("classes.names", dataset.document.spec.classes.names, expected.document.spec.classes.names),
+        ):
+            if found != wanted:
+                raise SpecInvalid(
+                    f"job {job.metadata.name}: clients {first} and {client} must agree on {what}:"
+                    f" expected {_plain(wanted)}, found {_plain(found)} in dataset {dataset.key}"
+                )
+
+
+def _check_distinct_records(datasets: Iterable[LocalDataset]) -> None:
+    """The same records under two names would have two budgets."""
+    holder: dict[str, str] = {}
+    for dataset in datasets:
+        other = holder.setdefault(dataset.source.path, dataset.key)
+        if other != dataset.key:
+            raise SpecInvalid(
+                f"datasets {other} and {dataset.key} hold the same records, {dataset.source.path};"
+                " one set of records has one dataset and one budget"
+            )
+
+
+def _plain(value: object) -> str:
+    return str(value) if value != () else "none"
+
+
+def _listed(files: Sequence[Path]) -> str:
+    return ", ".join(str(file) for file in files)

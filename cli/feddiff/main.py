@@ -1,0 +1,323 @@
+"""The `feddiff` command. Modules that cost time are imported by the command that needs them."""
+
+import contextlib
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from feddiff_protocol.errors import FeddiffError, UsageInvalid
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .documents import LocalDataset
+    from .engine import Outcome
+
+USAGE, OUR_BUG, OUTPUT_FAILED, INTERRUPTED, PRIVACY_REFUSED = 64, 1, 73, 75, 77
+
+EXIT_CODES = (
+    "Exit codes: 0 done · 64 command line · 65 document or data invalid · 66 input missing · 69 no answer in time · "
+    "73 output cannot be written · 74 input/output error · 75 stopped, the same command goes on · "
+    "77 privacy budget or promise refused · 78 configuration · 1 a bug of ours."
+)
+
+app = typer.Typer(
+    name="feddiff",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+)
+
+Files = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE...", help="YAML files that together hold the datasets and exactly one job."),
+]
+RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of text.")]
+
+
+def main() -> None:
+    """The process ends with the code of docs/exit-codes.md; a mistake of the user is one line, never a traceback."""
+    sys.exit(_exit_code(app))
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    try:
+        command()
+        return 0
+    except SystemExit as ended:  # how typer ends; it has printed what is wrong with a command line
+        code = ended.code if isinstance(ended.code, int) else OUR_BUG if ended.code else 0
+        return USAGE if code == 2 else code
+    except FeddiffError as error:
+        for line in str(error).splitlines():
+            print(f"feddiff: {line}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read us has left; nothing is wrong
+        return 0
+    except OSError as error:
+        print(f"feddiff: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        return OUTPUT_FAILED
+    except KeyboardInterrupt:
+        print("feddiff: stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"feddiff {version('feddiff')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _feddiff(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Train diffusion models across data owners who keep their images: each lets out one noised release, with a
+    stated privacy loss, counted against a budget that holds.
+
+    Start with `feddiff init demo`.
+    """
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; made if missing.")],
+    owners: Annotated[int, typer.Option(help="How many data owners.")] = 2,
+) -> None:
+    """Write a commented job.yaml to start from."""
+    from .scaffold import write_scaffold
+
+    for path in write_scaffold(folder, owners):
+        print(f"wrote {path}")
+    _next(f"put the records in place, then: feddiff check {_quoted(folder / 'job.yaml')}")
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML with datasets, and the job to try if any.")],
+    as_json: AsJson = False,
+) -> None:
+    """For a data owner: do the records fit their description, and what would a job's clip norms do to them?
+
+    The answer depends on the records. Keep it.
+    """
+    import json
+
+    from .documents import load_documents
+    from .owner_stages import check_records
+
+    documents = load_documents([file])
+    if not documents.datasets:
+        raise UsageInvalid(f"{file}: expected at least one PrivateDataset, found none; name the file that holds it")
+    job = documents.jobs[0] if len(documents.jobs) == 1 else None
+    answers = {dataset.key: check_records(dataset, job) for dataset in documents.datasets}
+    private = "PRIVATE: for the owner of these records only; it was computed from them without noise"
+    if as_json:
+        print(json.dumps({"notice": private, "datasets": answers}, ensure_ascii=False))
+        return
+    print(private)
+    from .owner_stages import check_lines
+
+    for key, answer in answers.items():
+        print("\n".join(["", key, *(f"  {line}" for line in check_lines(answer))]))
+    _next(f"feddiff plan {_quoted(file)}")
+
+
+@app.command()
+def plan(files: Files, as_json: AsJson = False) -> None:
+    """What a job would promise, and what it would cost each owner's budget. Starts and writes nothing.
+
+    Ends with 77 when a budget or an owner's access rules do not admit it.
+    """
+    import json
+
+    from .documents import load_job
+    from .plan_report import plan_clients, plan_document, print_plan
+
+    job = load_job(files)
+    clients = plan_clients(job)
+    if as_json:
+        print(json.dumps(plan_document(job, clients), ensure_ascii=False))
+    else:
+        print_plan(job, clients, _console())
+    refused = [each for each in clients if each.refusal]
+    for each in refused:
+        print(f"feddiff: client {each.client}: {each.refusal}", file=sys.stderr)
+    if refused:
+        raise typer.Exit(PRIVACY_REFUSED)
+    if not as_json:
+        _next(f"feddiff run {' '.join(map(_quoted, files))}")
+
+
+@app.command()
+def run(
+    files: Files,
+    folder: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIR", help="The run's folder; runs/<job> beside the first file.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes at a time; default: one per core.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Carry a job out on this machine. Stopped or crashed? The same command goes on where it was.
+
+    Each owner's ledger and private results lie beside the records, in feddiff/; the run's folder can be deleted.
+    """
+    from .documents import load_job
+    from .engine import Setting, run_job, usable_cores
+    from .progress import display
+    from .run_folder import RunFolder
+
+    job = load_job(files)
+    run_folder = RunFolder(folder or files[0].resolve().parent / "runs" / job.document.metadata.name)
+    with display(as_json) as shown, _stop_requests() as stop_requested:
+        setting = Setting(
+            reporter=shown,
+            num_processes=processes or usable_cores(),
+            command_line=shlex.join(["feddiff", *sys.argv[1:]]),
+            stop_requested=stop_requested,
+        )
+        outcome = run_job(job, run_folder, setting)
+    _tell_outcome(outcome, run_folder.path, files, as_json)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], int]]:
+    """Counts Ctrl-C and SIGTERM instead of dying of them: stages are to save their work first."""
+    received: list[int] = []
+
+    def receive(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            print("feddiff: stopping; stages save their work (again: at once)", file=sys.stderr)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: len(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell_outcome(outcome: "Outcome", folder: Path, files: list[Path], as_json: bool) -> None:
+    from .progress import json_logger
+    from .run_folder import RunFolder
+    from .views import print_reports, report_paths
+
+    if as_json:
+        reports: dict[str, Any] = {}
+        if outcome.exit_code == 0:
+            job_report, owners = report_paths(RunFolder(folder))
+            reports = {"jobReport": str(job_report), "ownerReports": {name: str(path) for name, path in owners.items()}}
+        said = {"message": outcome.message, "log": str(outcome.log)} if outcome.message else {}
+        phase = outcome.status.phase.value
+        json_logger().info("finished", folder=str(folder), phase=phase, exitCode=outcome.exit_code, **said, **reports)
+    if outcome.exit_code:
+        print(f"feddiff: {outcome.message}", file=sys.stderr)
+        if outcome.log is not None:
+            print(f"feddiff: its words are in {outcome.log}", file=sys.stderr)
+        raise typer.Exit(outcome.exit_code)
+    if not as_json:
+        print_reports(RunFolder(folder), _console())
+        _next(f"feddiff ledger {' '.join(map(_quoted, files[:1]))}; feddiff report {_quoted(folder)}")
+
+
+@app.command()
+def status(folder: RunDir, as_json: AsJson = False) -> None:
+    """Where a run stands."""
+    import json
+
+    from .run_folder import RunFolder
+    from .views import print_run, run_document
+
+    document = run_document(RunFolder(folder))
+    if as_json:
+        print(json.dumps(document, ensure_ascii=False))
+        return
+    print_run(document, _console())
+    if document["phase"] == "Complete":
+        _next(f"feddiff report {_quoted(folder)}")
+
+
+@app.command()
+def report(folder: RunDir) -> None:
+    """Where a run's reports are, and which of them may be shared."""
+    from .run_folder import RunFolder
+    from .views import print_reports
+
+    print_reports(RunFolder(folder), _console())
+    _next(f"feddiff sample {_quoted(folder)} --client NAME --images-per-class 1000 --out samples.npz")
+
+
+@app.command()
+def ledger(
+    where: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="YAML with datasets, or the folder of a run.")],
+    as_json: AsJson = False,
+) -> None:
+    """Every release of the datasets, what they add up to, and what remains."""
+    import json
+
+    from .views import ledger_document, print_ledgers
+
+    datasets = _datasets(where)
+    if as_json:
+        print(json.dumps({"datasets": [ledger_document(dataset) for dataset in datasets]}, ensure_ascii=False))
+        return
+    print_ledgers(datasets, _console())
+    _next("feddiff plan FILE... (what one more job would cost)")
+
+
+def _datasets(where: Path) -> "list[LocalDataset]":
+    from .documents import load_documents
+    from .run_folder import RunFolder
+
+    if where.is_dir():
+        return list(RunFolder(where).job().datasets.values())
+    found = list(load_documents([where]).datasets)
+    if not found:
+        raise UsageInvalid(f"{where}: expected at least one PrivateDataset, found none; name the file that holds it")
+    return found
+
+
+@app.command()
+def sample(
+    folder: RunDir,
+    client: Annotated[str, typer.Option(metavar="NAME", help="The owner for whom to draw.")],
+    images_per_class: Annotated[int, typer.Option(min=1, help="How many images of each class.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="A new .npz file.")],
+) -> None:
+    """Draw more images with a finished run's denoisers. They are not private: for their owner only."""
+    from .owner_stages import draw_samples
+    from .run_folder import RunFolder
+
+    draw_samples(RunFolder(folder), client, images_per_class, out)
+    print(f"wrote {out}: not private, for the owner of client {client} only")
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _next(command: str) -> None:
+    print(f"\nnext: {command}")
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+if __name__ == "__main__":
+    main()

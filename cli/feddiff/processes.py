@@ -1,0 +1,194 @@
+"""Stages as processes: started in groups of their own, watched without threads, stopped with time to save.
+
+A stage that outlives a killed engine is known by its environment, which names the receipt it writes.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from feddiff_protocol.errors import FINAL_EXIT_CODES
+from feddiff_protocol.plan import StageKey
+from feddiff_protocol.stages import AnyStageSpec, TrainSharedSpec
+
+RECEIPT_VARIABLE = "FEDDIFF_TERMINATION_LOG"
+EXITS_VARIABLE = "FEDDIFF_EXIT_FOLDER"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+INTERRUPTED = 75
+MESSAGE_LENGTH = 500
+PR_SET_PDEATHSIG = 1
+
+StageCommand = Callable[[AnyStageSpec, Path], list[str]]
+
+
+def stage_command(spec: AnyStageSpec, spec_path: Path) -> list[str]:
+    """The process that carries out `spec`; the shared denoiser's ranks go through torchrun."""
+    world_size = num_processes(spec)
+    launch: Sequence[str] = ()
+    if world_size > 1:
+        launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}")
+    return [sys.executable, *launch, "-m", spec.stage.module, str(spec_path)]
+
+
+def num_processes(spec: AnyStageSpec) -> int:
+    if isinstance(spec, TrainSharedSpec) and spec.shared.denoiser == "trained":
+        return spec.shared.world_size
+    return 1
+
+
+@dataclass
+class StageProcess:
+    """One attempt of one stage, under way."""
+
+    key: StageKey
+    attempt: int
+    folder: Path
+    slots: int
+    started_at: float
+    process: "subprocess.Popen[bytes]"
+    asked_to_stop_at: float | None = None
+    stop_reason: str = ""  # set when the stage itself is at fault, as when it ran too long
+    _read_to: int = field(default=0)
+
+    @classmethod
+    def start(
+        cls, key: StageKey, attempt: int, folder: Path, command: list[str], slots: int, threads: int, now: float
+    ) -> "StageProcess":
+        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **attempt_environment(folder)}
+        (folder / "exits").mkdir(exist_ok=True)
+        with (folder / "stderr.log").open("ab") as stderr, (folder / "stdout.log").open("ab") as stdout:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=environment,
+                process_group=0,  # Ctrl-C in the terminal reaches the engine alone, which then asks its stages
+                preexec_fn=_ask_to_stop_when_the_engine_dies,
+            )
+        return cls(key, attempt, folder, slots, now, process)
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def ask_to_stop(self, now: float) -> None:
+        """SIGTERM, once: the stage saves a checkpoint and leaves with 75."""
+        if self.asked_to_stop_at is None:
+            self.asked_to_stop_at = now
+            _signal_group(self.process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        ranks = _descendants(self.process.pid)
+        _signal_group(self.process.pid, signal.SIGKILL)
+        for rank in ranks:
+            with suppress(psutil.Error):
+                rank.kill()
+
+    def exit_code(self) -> int:
+        """What the stage itself said where it could; torchrun says 1 whatever its ranks said."""
+        code = self.process.returncode
+        assert code is not None, "asked after it ended"
+        own = code if code >= 0 else 128 - code
+        if own in (0, INTERRUPTED):
+            return own
+        said = {int(path.read_text()) for path in (self.folder / "exits").iterdir()}
+        # 75 of a rank that was stopped because another one failed explains nothing.
+        telling = sorted(said - {0, INTERRUPTED}, key=lambda each: each not in FINAL_EXIT_CODES)
+        return telling[0] if telling else own
+
+    def progress(self) -> Iterator[dict[str, Any]]:
+        """The progress lines written since the last call."""
+        with (self.folder / "stderr.log").open("rb") as file:
+            file.seek(self._read_to)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read_to += len(whole)
+        for line in whole.splitlines():
+            event = _json_object(line)
+            if event.get("event") == "progress" and {"done", "total"} <= event.keys():
+                yield event
+
+    def message(self) -> str:
+        """The last words on stderr that are no event."""
+        text = (self.folder / "stderr.log").read_bytes()[-20_000:].decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip() and not _json_object(line.encode())]
+        said = [line.removeprefix("feddiff: ") for line in lines if line.startswith("feddiff: ")] or lines
+        return said[-1][:MESSAGE_LENGTH] if said else ""
+
+
+def attempt_environment(folder: Path) -> dict[str, str]:
+    return {RECEIPT_VARIABLE: str(folder / "receipt.json"), EXITS_VARIABLE: str(folder / "exits")}
+
+
+def stop_orphans(stages: Path, grace_seconds: float, sleep: Callable[[float], None] = time.sleep) -> int:
+    """No stage of an earlier engine is left below `stages`; returns how many there were."""
+    orphans = list(_orphans(stages))
+    for orphan in orphans:
+        with suppress(psutil.Error):
+            orphan.terminate()
+    deadline = time.monotonic() + grace_seconds
+    while (left := [orphan for orphan in orphans if _alive(orphan)]) and time.monotonic() < deadline:
+        sleep(0.05)
+    for orphan in left:
+        with suppress(psutil.Error):
+            orphan.kill()
+    while any(_alive(orphan) for orphan in left):
+        sleep(0.05)
+    return len(orphans)
+
+
+def _orphans(stages: Path) -> Iterator[psutil.Process]:
+    mine = os.getpid()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            receipt = process.environ().get(RECEIPT_VARIABLE, "")
+            if process.pid != mine and receipt and Path(receipt).is_relative_to(stages):
+                yield process
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+def _ask_to_stop_when_the_engine_dies() -> None:
+    """Runs in the child before it becomes the stage; the engine has no threads, so this is safe."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    if not line.lstrip().startswith(b"{"):
+        return {}
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,339 @@
+"""The command as its users meet it: answers, exit codes, one line for a mistake, and the next command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from feddiff import main as command
+from feddiff import processes
+from feddiff_protocol.promise import NOT_COVERED
+
+CLIENT_KEYS = {
+    *("client", "mechanism", "unit", "epsilon", "delta", "mu", "paperEpsilon", "attackAuc", "attackTprAt1PercentFpr"),
+    *("releases", "split", "budgetBefore", "budgetAfter", "signalToNoiseDb"),
+}
+
+
+@pytest.fixture
+def feddiff(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, world: Any) -> Any:
+    """Runs the command in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        texts = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["feddiff", *texts])
+        code = command._exit_code(lambda: command.app(texts))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def fake_stages(monkeypatch: pytest.MonkeyPatch, world: Any) -> Any:
+    """`feddiff run` starts these instead of the trainer."""
+    from feddiff import engine
+
+    stages = world.stages()
+    setting = engine.Setting
+    monkeypatch.setattr(engine, "Setting", lambda **given: setting(stage_command=stages, **given))
+    return stages
+
+
+# ---- plan --------------------------------------------------------------------------------------------------------
+
+
+def test_plan_says_what_is_promised_and_what_it_costs(feddiff: Any, world: Any) -> None:
+    code, out, err = feddiff("plan", world.job_file())
+    assert (code, err) == (0, "")
+    for words in ("ε = 10 per image, δ = 1e-5, 1 release", "11.6001", "15.3137", "Not covered by the promise"):
+        assert words in out
+    assert f"next: feddiff run {world.path / 'digits.yaml'}" in out
+    assert not (world.path / "a").exists()
+
+
+def test_plan_as_json_holds_exactly_the_documented_keys(feddiff: Any, world: Any) -> None:
+    code, out, _ = feddiff("plan", world.job_file(), "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["notCovered"] == list(NOT_COVERED)
+    assert [set(each) for each in answer["clients"]] == [CLIENT_KEYS, CLIENT_KEYS]
+    first = answer["clients"][0]
+    assert (first["client"], first["epsilon"], first["delta"], first["releases"]) == ("a", "10", "1e-5", 1)
+    assert first["mu"] == pytest.approx(2.000446, abs=1e-6)
+    assert first["attackAuc"] == pytest.approx(0.92140, abs=1e-5)
+    assert set(first["split"]) == {"step", "sigma"}
+    assert first["budgetBefore"]["spentEpsilon"] == 0
+    assert first["budgetAfter"]["spentEpsilon"] == pytest.approx(10)
+    assert set(first["budgetAfter"]) == {"spentEpsilon", "remainingEpsilon", "limitEpsilon", "delta"}
+
+
+def test_plan_of_what_exceeds_a_budget_says_by_how_much_and_ends_with_77(feddiff: Any, world: Any) -> None:
+    for folder in ("1", "2"):
+        world.run(world.job(), world.stages(), folder=folder)
+    code, out, err = feddiff("plan", world.job_file())
+    assert code == 77
+    assert "20.1309" in out
+    assert err.startswith("feddiff: client a: spent so far ε = 15.4606 of 20 (per image")
+    code, out, _ = feddiff("plan", world.job_file(), "--json")
+    assert code == 77
+    assert set(json.loads(out)["refusals"]) == {"a", "b"}
+
+
+def test_plan_of_what_an_owner_does_not_allow_ends_with_77(feddiff: Any, world: Any) -> None:
+    job = world.job_file()
+    job.write_text(job.read_text().replace("namespace: research\nspec", "namespace: elsewhere\nspec"))
+    code, _, err = feddiff("plan", job)
+    assert code == 77
+    assert "lets no job of namespace elsewhere use it" in err
+
+
+# ---- run ---------------------------------------------------------------------------------------------------------
+
+
+def test_run_names_the_reports_and_the_next_command(feddiff: Any, world: Any, fake_stages: Any) -> None:
+    job, folder = world.job_file(), world.path / "runs/digits"
+    with_reports(fake_stages, world)
+    code, out, err = feddiff("run", job)
+    assert code == 0, err
+    assert "May be shared" in out and "job-report.html" in out
+    assert f"next: feddiff ledger {job}" in out
+    assert "event='stage-started'" in err
+    code, out, _ = feddiff("status", folder, "--json")
+    assert (code, json.loads(out)["phase"], json.loads(out)["atWork"]) == (0, "Complete", False)
+    assert {each["phase"] for each in json.loads(out)["stages"]} == {"Succeeded"}
+    assert "Complete" in feddiff("status", folder)[1]
+    assert "Not private, for its owner only" in feddiff("report", folder)[1]
+
+
+def test_run_as_json_writes_nothing_but_one_object_per_line(feddiff: Any, world: Any, fake_stages: Any) -> None:
+    with_reports(fake_stages, world)
+    code, out, err = feddiff("run", world.job_file(), "--json")
+    assert (code, err) == (0, "")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [each["phase"] for each in events if each["event"] == "phase"][-1] == "Complete"
+    assert sum(each["event"] == "stage-ended" for each in events) == 10
+    assert events[-1]["event"] == "finished"
+    assert events[-1]["jobReport"].endswith("job-report.html")
+    progress = [each for each in events if each["event"] == "progress"]
+    assert progress and progress[0]["stage"] == "train-shared" and progress[0]["total"] == 10
+
+
+def with_reports(stages: Any, world: Any) -> None:
+    """The fake report stage leaves a page, and the shared one says how far it is."""
+
+    def behaviour(spec: Any) -> str | None:
+        if spec.stage.value == "report":
+            page = Path(spec.federation_store.removeprefix("file://")) / spec.job.uid / "report/job-report.html"
+            return f"mkdir -p {page.parent}; touch {page}; {world.receipt_script(spec)}"
+        if spec.stage.value == "train-shared":
+            line = json.dumps({"event": "progress", "stage": "train-shared", "done": 5, "total": 10, "unit": "images"})
+            return f"echo '{line}' >&2; {world.receipt_script(spec)}"
+        return None
+
+    stages.behaviour = behaviour
+
+
+def test_a_failed_run_says_what_failed_and_where_to_read(feddiff: Any, world: Any, fake_stages: Any) -> None:
+    def broken(spec: Any) -> str | None:
+        return "echo 'feddiff: no such column' >&2; exit 65" if spec.stage.value == "release" else None
+
+    fake_stages.behaviour = broken
+    code, out, err = feddiff("run", world.job_file(), "--dir", world.path / "run")
+    assert code == 65
+    assert "client a: release ended with exit code 65: no such column" in err
+    assert f"{world.path / 'run/stages/release-a/attempt-1/stderr.log'}" in err
+    assert "Traceback" not in err
+    code, out, _ = feddiff("status", world.path / "run")
+    assert "Failed: ClientsLost" in out
+
+
+def test_ctrl_c_stops_the_run_and_says_how_to_go_on(world: Any) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import FakeStages
+from feddiff import engine, main
+setting = engine.Setting
+slow = FakeStages(lambda spec: "echo; touch {world.path}/ready; exec sleep 600")
+engine.Setting = lambda **given: setting(stage_command=slow, **given)
+main.main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "run", str(world.job_file()), "--dir", str(world.path / "run")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    while "stage-started" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "feddiff: stopped; run the same command again to go on" in err
+    assert "Traceback" not in err
+
+
+# ---- ledger, sample, check, init ---------------------------------------------------------------------------------
+
+
+def test_ledger_lists_every_entry_with_sums(feddiff: Any, world: Any) -> None:
+    world.run(world.job(), world.stages())
+    for where in (world.job_file(), world.path / "run"):
+        code, out, _ = feddiff("ledger", where)
+        assert code == 0
+        assert "spent ε = 10.0000 of 20 per image (δ = 1e-5, 1 release), remaining ε = 15.3137" in out
+        assert "research/digits" in out and "Charged" in out
+    answer = json.loads(feddiff("ledger", world.job_file(), "--json")[1])
+    (entry,) = answer["datasets"][0]["entries"]
+    assert (entry["phase"], entry["epsilon"], entry["job"]["name"]) == ("Charged", "10", "digits")
+    assert answer["datasets"][0]["contradiction"] == ""
+
+
+def test_a_fresh_budget_shows_as_whole(feddiff: Any, world: Any) -> None:
+    assert "remaining ε = 20.0000" in feddiff("ledger", world.job_file())[1]
+
+
+def test_sample_wants_a_finished_run_a_known_client_and_a_new_file(feddiff: Any, world: Any) -> None:
+    from feddiff_protocol.stages import Stage
+
+    world.run(world.job(), world.stages(lambda spec: "exit 65" if spec.stage is Stage.SAMPLE else None))
+    asked = ["sample", world.path / "run", "--images-per-class", "5", "--client"]
+    (world.path / "there.npz").touch()
+    for client, out, code, words in (
+        ("a", "x.png", 64, "ends in .npz"),
+        ("z", "x.npz", 64, "expected one of a, b, found z"),
+        ("a", "there.npz", 73, "exists"),
+        ("a", "no/x.npz", 73, "is no folder"),
+        ("a", "x.npz", 66, "has no samples yet"),
+    ):
+        found, _, err = feddiff(*asked, client, "--out", world.path / out)
+        assert (found, words in err) == (code, True), err
+
+
+def test_sample_asks_the_trainer_with_other_numbers_and_an_output(
+    feddiff: Any, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from feddiff import owner_stages
+
+    world.run(world.job(), world.stages())
+    asked: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        owner_stages, "_run_module", lambda module, path: asked.append((module, json.loads(path.read_text())))
+    )
+    out = world.path / "more.npz"
+    code, _, err = feddiff("sample", world.path / "run", "--client", "b", "--images-per-class", "7", "--out", out)
+    assert code == 0, err
+    ((module, spec),) = asked
+    assert module == "feddiff_trainer.sample"
+    assert (spec["client"], spec["sampling"]["imagesPerClass"], spec["output"]) == ("b", 7, str(out))
+
+
+def test_check_is_private_and_says_so_first(feddiff: Any, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from feddiff import owner_stages
+
+    answer = {
+        "records": 70,
+        "classes": [{"class": 0, "declared": 30, "found": 29}, {"class": 1, "declared": 40, "found": 41}],
+        "pixelRange": [0.0, 1.0],
+        "normQuantiles": {"50 %": 3.5},
+        "clips": [{"field": "clipNorm", "norm": "4.25", "touched": 7}],
+        "released": {"tensors": {"mean_sums": [2, 64]}, "bytes": 512},
+    }
+    monkeypatch.setattr(owner_stages, "_run_module", lambda module, path: json.dumps(answer))
+    code, out, _ = feddiff("check", world.job_file())
+    assert code == 0
+    assert out.splitlines()[0].startswith("PRIVATE")
+    for words in ("declared 30 records, found 29", "clipNorm 4.25 would scale 7 of 70", "mean_sums 2×64 (512 bytes)"):
+        assert words in out
+    assert json.loads(feddiff("check", world.job_file(), "--json")[1])["notice"].startswith("PRIVATE")
+
+
+def test_what_the_trainer_refuses_is_one_line_with_its_code(feddiff: Any, world: Any) -> None:
+    pytest.importorskip("numpy")
+    code, _, err = feddiff("check", world.job_file())
+    assert code == 66
+    assert err.startswith("feddiff: ") and "train.npz" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("owners", [1, 3])
+def test_init_writes_documents_that_plan_accepts(feddiff: Any, tmp_path: Path, owners: int) -> None:
+    code, out, _ = feddiff("init", tmp_path / "new", "--owners", owners)
+    assert code == 0
+    assert "next: " in out and "feddiff check" in out
+    job = tmp_path / "new/job.yaml"
+    assert len(list(yaml.safe_load_all(job.read_text()))) == owners + 1
+    assert feddiff("plan", job)[0] == 0
+    code, _, err = feddiff("init", tmp_path / "new")
+    assert (code, "exists; name another folder" in err) == (73, True)
+
+
+# ---- Mistakes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["frobnicate"], 64),
+        (["plan"], 64),
+        (["plan", "--nope", "x.yaml"], 64),
+        (["plan", "nothing.yaml"], 66),
+        (["run", "nothing.yaml"], 66),
+        (["run", "nothing.yaml", "--processes", "0"], 64),
+        (["status", "nowhere"], 66),
+        (["report", "nowhere"], 66),
+        (["ledger", "nowhere"], 66),
+        (["init", "x", "--owners", "0"], 64),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback(feddiff: Any, arguments: list[str], code: int) -> None:
+    found, out, err = feddiff(*arguments)
+    assert found == code
+    assert err and "Traceback" not in out + err
+
+
+def test_every_fault_of_a_document_gets_its_own_line(feddiff: Any, world: Any) -> None:
+    job = world.job_file()
+    job.write_text(job.read_text().replace("'10'", "ten").replace("8", "0"))
+    code, _, err = feddiff("plan", job)
+    assert code == 65
+    assert len(err.splitlines()) > 1
+    assert all(line.startswith("feddiff: ") for line in err.splitlines())
+
+
+def test_a_run_folder_that_cannot_be_written_is_73(feddiff: Any, world: Any) -> None:
+    (world.path / "file").touch()
+    code, _, err = feddiff("run", world.job_file(), "--dir", world.path / "file/run")
+    assert code == 73
+    assert err.startswith("feddiff: ")
+
+
+def test_version_and_help(feddiff: Any) -> None:
+    assert feddiff("--version")[1].startswith("feddiff 0.")
+    code, out, _ = feddiff("--help")
+    assert code == 0
+    assert "Exit codes:" in out
+
+
+def test_the_command_line_of_the_shared_denoiser_goes_through_torchrun(world: Any) -> None:
+    stages = world.stages()
+    world.run(world.job(shared={"replicas": 2}), stages)
+    by_stage = {spec.stage.value: processes.stage_command(spec, Path("spec.json")) for spec in stages.specs}
+    assert by_stage["train-shared"][1:] == [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "feddiff_trainer.train_shared", "spec.json"),
+    ]
+    assert by_stage["release"][1:] == ["-m", "feddiff_trainer.release", "spec.json"]
+
+
+def test_an_unexpected_error_is_our_bug_with_a_traceback(world: Any) -> None:
+    script = "from feddiff import main; main.app = lambda: 1 / 0; main.main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr

@@ -1,0 +1,49 @@
+"""What is shown while a run works: bars for people, lines for machines, and no thread beside either."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from feddiff.progress import Bars, Lines
+from feddiff_protocol.plan import JobPhase, StageObserved, StagePhase, Status
+from feddiff_protocol.stages import Stage
+
+KEY = (Stage.TRAIN_PERSONAL, "a")
+
+
+def drive(display: Any) -> None:
+    with display as shown:
+        shown.status(Status(JobPhase.TRAINING, ()))
+        shown.stage_started(KEY, 2)
+        for done in range(0, 101):
+            shown.stage_progress(KEY, done, 100, "images")
+        shown.stage_ended(KEY, StageObserved(StagePhase.FAILED, 2, 1, 74, "disk [gone]"))
+
+
+def test_bars_name_what_runs_and_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = threading.active_count()
+    bars = Bars()
+    drive(bars)
+    assert threading.active_count() == threads
+    err = capsys.readouterr().err
+    for words in ("Training", "failed train-personal a", "exit code 74: disk [gone]"):
+        assert words in err
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+
+def test_lines_say_every_tenth_of_a_stage_and_how_it_ended() -> None:
+    recorder = Recorder()
+    drive(Lines(recorder))
+    names = [event for event, _ in recorder.events]
+    assert 10 <= names.count("progress") <= 11
+    assert recorder.events[-1][1] == {
+        "stage": "train-personal", "client": "a", "attempt": 2, "phase": "Failed", "exitCode": 74, "message": "disk [gone]",
+    }  # fmt: skip

@@ -1,0 +1,184 @@
+"""What a document may say: faults come back as SpecInvalid with path, expectation and finding, and nothing else."""
+
+import copy
+import json
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse_document
+from feddiff_protocol.errors import SpecInvalid
+
+DATASET: dict[str, Any] = {
+    "apiVersion": "feddiff.dev/v1alpha1",
+    "kind": "PrivateDataset",
+    "metadata": {"name": "scans", "namespace": "clinic-a"},
+    "spec": {
+        "source": {"format": "npz", "path": "train.npz"},
+        "image": {"channels": 1, "height": 8, "width": 8},
+        "classes": {"count": 2, "records": [30, 40], "names": ["healthy", "ill"]},
+        "budget": {"epsilon": "20", "delta": "1e-5", "unit": "image", "pureEpsilon": "0"},
+        "access": [{"namespace": "research", "maxEpsilon": "10"}],
+    },
+}
+JOB: dict[str, Any] = {
+    "apiVersion": "feddiff.dev/v1alpha1",
+    "kind": "FederatedDiffusionJob",
+    "metadata": {"name": "digits", "namespace": "research"},
+    "spec": {
+        "clients": [
+            {"name": "a", "dataset": {"namespace": "clinic-a", "name": "scans"}},
+            {"name": "b", "dataset": {"namespace": "clinic-b", "name": "scans"}},
+        ],
+        "quorum": 1,
+        "privacy": {
+            "mechanism": "summary",
+            "epsilon": "10",
+            "delta": "1e-5",
+            "clipNorm": "4.25",
+            "momentClipNorm": "2.5",
+        },
+        "diffusion": {"steps": 1000, "betaStart": "1e-4", "betaEnd": "0.02", "splitSigma": "0.25"},
+        "shared": {"images": 100000, "batch": 256, "replicas": 2},
+        "personal": {"images": 100000, "batch": 256},
+        "sampling": {"imagesPerClass": 100, "steps": 20},
+    },
+}
+
+
+def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy with `value` at a dotted path; None removes what is there."""
+    result = copy.deepcopy(document)
+    *parents, last = path.split(".")
+    place = result
+    for name in parents:
+        place = place[int(name)] if isinstance(place, list) else place[name]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return result
+
+
+def test_valid_documents_keep_every_number() -> None:
+    job = parse_document(JOB, "job.yaml")
+    assert isinstance(job, FederatedDiffusionJob)
+    assert job.spec.privacy.delta == Decimal("1e-5")
+    again = parse_document(json.loads(json.dumps(job.to_wire())), "again")
+    assert again == job
+    dataset = parse_document(DATASET, "owners.yaml")
+    assert isinstance(dataset, PrivateDataset)
+    assert parse_document(dataset.to_wire(), "again") == dataset
+
+
+@pytest.mark.parametrize(
+    ("document", "path", "value", "words"),
+    [
+        (JOB, "spec.privacy.epsilon", 10, "expected a decimal number in quotes"),
+        (JOB, "spec.privacy.epsilon", "ten", "expected a decimal number like"),
+        (JOB, "spec.privacy.epsilon", "0", "greater than 0"),
+        (JOB, "spec.privacy.epsilon", "NaN", "expected a decimal number like"),
+        (JOB, "spec.privacy.epsilon", None, "spec.privacy.epsilon: expected a value, found none; add it"),
+        (JOB, "spec.privacy.mechanism", None, "spec.privacy.mechanism: expected a value"),
+        (JOB, "spec.privacy.epsilom", "10", "spec.privacy.epsilom: unknown field"),
+        (JOB, "spec.privacy.delta", "1", "less than 1"),
+        (JOB, "spec.privacy.momentClipNorm", None, "momentClipNorm: mechanism summary needs it"),
+        (JOB, "spec.privacy.pixels", "zeroToOne", "pixels: belongs to mechanism gaussian"),
+        (JOB, "spec.diffusion.splitSigma", None, "splitSigma: mechanism summary needs it"),
+        (JOB, "spec.clients", [JOB["spec"]["clients"][0]] * 2, "distinct names, found a twice"),
+        (JOB, "spec.quorum", 3, "quorum: expected at most the number of clients, 2, found 3"),
+        (JOB, "spec.shared.batch", 255, "multiple of replicas × processesPerReplica = 2, found 255"),
+        (JOB, "kind", "Job", "expected apiVersion feddiff.dev/v1alpha1 and kind"),
+        (JOB, "metadata.name", "Digits!", "metadata.name"),
+        (DATASET, "spec.classes.records", [30], "records: expected one number for each of 2 classes, found 1"),
+        (DATASET, "spec.classes.names", ["x"], "names: expected one for each of 2 classes"),
+        (DATASET, "spec.budget.pureEpsilon", "21", "pureEpsilon: expected at most epsilon = 20, found 21"),
+        (DATASET, "spec.source.labelsPath", "labels", "labelsPath: only format idx has one"),
+        (DATASET, "spec.source.format", "idx", "labelsPath: format idx keeps labels"),
+    ],
+)
+def test_a_fault_is_named_with_what_to_do(document: dict[str, Any], path: str, value: Any, words: str) -> None:
+    with pytest.raises(SpecInvalid) as error:
+        parse_document(changed(document, path, value), "job.yaml")
+    assert "job.yaml" in str(error.value)
+    assert words in str(error.value)
+
+
+def test_every_fault_is_reported_at_once() -> None:
+    broken = changed(changed(JOB, "spec.privacy.epsilon", 10), "spec.shared.images", 0)
+    with pytest.raises(SpecInvalid) as error:
+        parse_document(broken, "job.yaml")
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_one_dataset_may_serve_one_client_only() -> None:
+    twice = [{"name": name, "dataset": {"namespace": "clinic-a", "name": "scans"}} for name in "ab"]
+    with pytest.raises(SpecInvalid, match="each dataset once"):
+        parse_document(changed(JOB, "spec.clients", twice), "job.yaml")
+
+
+# ---- Fuzzing -----------------------------------------------------------------------------------------------------
+
+TEXTS = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(
+        ["", "0", "-1", "1e-99", "9e99", "NaN", "Infinity", "1e5", "٣", "10", "summary", "gaussian", "x" * 2000]
+    ),
+)
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.binary(max_size=4), st.dates(), st.just(10**400)
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.one_of(TEXTS, st.integers(), st.none()), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path]
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            found += places(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            found += places(inner, (*path, index))
+    return found
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> Any:
+    """A valid document in which up to three places are replaced, removed, or given another field."""
+    document = copy.deepcopy(draw(st.sampled_from([DATASET, JOB])))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(places(document)))
+        if not path:
+            return draw(VALUES)
+        place = document
+        for part in path[:-1]:
+            place = place[part]
+        match draw(st.sampled_from(["replace", "remove", "add"])):
+            case "replace":
+                place[path[-1]] = draw(VALUES)
+            case "remove":
+                del place[path[-1]]
+            case "add" if isinstance(place, dict):
+                place[draw(st.one_of(TEXTS, st.integers(), st.none()))] = draw(VALUES)
+    return document
+
+
+@settings(max_examples=500, deadline=None)
+@given(mutated())
+def test_a_mutated_document_is_valid_or_spec_invalid_and_nothing_else(document: Any) -> None:
+    try:
+        parsed = parse_document(document, "fuzzed")
+    except SpecInvalid as error:
+        assert str(error).startswith("fuzzed")
+        assert len(str(error)) > len("fuzzed: ")
+    else:
+        assert parse_document(parsed.to_wire(), "again") == parsed

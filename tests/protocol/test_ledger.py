@@ -1,0 +1,351 @@
+"""The ledger's transitions: what is admitted, what is refused in which words, and that no interleaving overspends."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from functools import cache
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from feddiff_protocol import ledger
+from feddiff_protocol.accountant import Charge, charge_mu_squared, spent_epsilon
+from feddiff_protocol.api import AccessRule, BudgetSpec, PrivateDataset
+from feddiff_protocol.errors import PrivacyRefusal
+from feddiff_protocol.ledger import Account, Entry, Phase, Refusal
+
+BUDGET = BudgetSpec(epsilon=Decimal(20), delta=Decimal("1e-5"))
+CHARGES = {epsilon: charge_mu_squared(epsilon, "1e-5") for epsilon in ("1", "2", "4", "8", "10")}
+
+
+def entry(job: str = "job-1", epsilon: str = "10", delta: str = "1e-5", unit: str = "image") -> Entry:
+    return Entry(
+        name=f"prl-{job}",
+        dataset_uid="dataset",
+        job_namespace="research",
+        job_name=job,
+        job_uid=job,
+        client="a",
+        mechanism="summary",
+        unit=unit,
+        epsilon=Decimal(epsilon),
+        delta=Decimal(delta),
+        charge=Charge(mu_squared=CHARGES[epsilon]),
+        reserved_at="2025-01-01T00:00:00+00:00",
+    )
+
+
+def admitted(answer: Account | Refusal) -> Account:
+    assert isinstance(answer, Account), answer
+    return answer
+
+
+def refused(answer: Account | Refusal) -> str:
+    assert isinstance(answer, Refusal), answer
+    return answer.message
+
+
+def after(*entries: Entry) -> tuple[Account, list[Entry]]:
+    """Account and entries once all of these are reserved, created and folded."""
+    account, made = Account(), list[Entry]()
+    for each in entries:
+        account = admitted(ledger.reserve(BUDGET, account, made, each))
+        made.append(each)
+        account = ledger.fold(account, each)
+    return account, made
+
+
+# ---- Reserve -----------------------------------------------------------------------------------------------------
+
+
+def test_two_releases_of_ten_fit_twenty_and_a_third_is_refused_with_the_arithmetic() -> None:
+    account, entries = after(entry("1"), entry("2"))
+    assert spent_epsilon(account.charges, BUDGET.delta) == pytest.approx(15.4606, abs=5e-5)
+    words = refused(ledger.reserve(BUDGET, account, entries, entry("3")))
+    for part in ("15.4606 of 20", "per image", "δ = 0.00001", "20.1309", "raise the budget or lower the job's ε"):
+        assert part in words
+
+
+def test_a_budget_admits_one_release_of_its_own_epsilon() -> None:
+    for epsilon in ("1", "2", "4", "8", "10"):
+        budget = BudgetSpec(epsilon=Decimal(epsilon), delta=Decimal("1e-5"))
+        admitted(ledger.reserve(budget, Account(), [], entry(epsilon=epsilon)))
+
+
+def test_asking_again_for_what_is_held_changes_nothing() -> None:
+    pending = admitted(ledger.reserve(BUDGET, Account(), [], entry()))
+    assert ledger.reserve(BUDGET, pending, [], entry()) == pending
+    account, entries = after(entry())
+    assert ledger.reserve(BUDGET, account, entries, entry()) == account
+    assert ledger.reserve(BUDGET, account, [ledger.charge(account, entries, entries[0])], entry()) == account
+
+
+def test_asking_again_with_another_promise_is_refused() -> None:
+    account, entries = after(entry(epsilon="4"))
+    assert "another promise" in refused(ledger.reserve(BUDGET, account, entries, entry(epsilon="8")))
+
+
+def test_what_was_given_back_cannot_be_taken_again() -> None:
+    account, entries = after(entry())
+    returned = ledger.give_back(entries[0])
+    account = ledger.fold_returns(account, [returned])
+    assert "given back" in refused(ledger.reserve(BUDGET, account, [returned], entry()))
+
+
+def test_a_larger_delta_or_another_unit_than_the_budgets_is_refused() -> None:
+    assert "δ can be at most" in refused(ledger.reserve(BUDGET, Account(), [], entry(delta="1e-4")))
+    assert "per pixel" in refused(ledger.reserve(BUDGET, Account(), [], entry(unit="pixel")))
+
+
+def test_pending_reservations_count_against_the_budget() -> None:
+    account = admitted(ledger.reserve(BUDGET, Account(), [], entry("1")))
+    account = admitted(ledger.reserve(BUDGET, account, [], entry("2")))
+    refused(ledger.reserve(BUDGET, account, [], entry("3")))
+
+
+@pytest.mark.parametrize("tampered", ["deleted", "cheaper", "returned"])
+def test_a_ledger_that_contradicts_itself_admits_nothing(tampered: str) -> None:
+    account, entries = after(entry("1", "4"))
+    if tampered == "deleted":
+        entries = []
+    elif tampered == "cheaper":
+        entries = [replace(entries[0], charge=Charge(CHARGES["1"]))]
+    else:
+        account = replace(account, returned=entries[0].charge)
+    assert "contradicts itself" in refused(ledger.reserve(BUDGET, account, entries, entry("2", "1")))
+
+
+# ---- Access ------------------------------------------------------------------------------------------------------
+
+
+def dataset(*rules: AccessRule) -> PrivateDataset:
+    return PrivateDataset.model_validate(
+        {
+            "metadata": {"name": "scans", "namespace": "clinic-a"},
+            "spec": {
+                "source": {"format": "npz", "path": "train.npz"},
+                "image": {"channels": 1, "height": 8, "width": 8},
+                "classes": {"count": 1, "records": [9]},
+                "budget": {"epsilon": "20", "delta": "1e-5"},
+                "access": [rule.to_wire() for rule in rules],
+            },
+        }
+    )
+
+
+def test_nobody_may_use_a_dataset_by_default() -> None:
+    refusal = ledger.access_refusal(dataset(), "research", Decimal(1))
+    assert refusal is not None and "lets no job of namespace research" in refusal.message
+
+
+def test_the_most_generous_rule_of_a_namespace_decides() -> None:
+    rules = [AccessRule(namespace="research", max_epsilon=Decimal(most)) for most in (2, 5)]
+    assert ledger.access_refusal(dataset(*rules), "research", Decimal(5)) is None
+    refusal = ledger.access_refusal(dataset(*rules), "research", Decimal("5.01"))
+    assert refusal is not None and "ε ≤ 5, this one asks 5.01" in refusal.message
+    assert ledger.access_refusal(dataset(*rules), "elsewhere", Decimal(1)) is not None
+    assert ledger.access_refusal(dataset(AccessRule(namespace="research")), "research", Decimal(99)) is None
+
+
+# ---- Charge, give back, manifest ---------------------------------------------------------------------------------
+
+
+def test_charged_never_comes_back() -> None:
+    account, entries = after(entry())
+    charged = ledger.charge(account, entries, entries[0])
+    assert ledger.give_back(charged) == charged
+    assert ledger.charge(account, [charged], charged) == charged
+
+
+def test_what_was_given_back_frees_the_budget_and_cannot_be_charged() -> None:
+    account, entries = after(entry("1"), entry("2"))
+    returned = ledger.give_back(entries[0])
+    account = ledger.fold_returns(account, [returned, entries[1]])
+    assert ledger.fold_returns(account, [returned, entries[1]]) == account
+    admitted(ledger.reserve(BUDGET, account, [returned, entries[1]], entry("3")))
+    with pytest.raises(PrivacyRefusal, match="given back"):
+        ledger.charge(account, [returned, entries[1]], returned)
+
+
+def test_an_entry_whose_reservation_was_dropped_cannot_be_charged() -> None:
+    """A planner drops the reservation of a job it believes gone; a zombie of that job then creates the entry."""
+    account = admitted(ledger.reserve(BUDGET, Account(), [], entry("zombie")))
+    account = ledger.drop(account, entry("zombie").name)
+    account = ledger.fold(account, entry("zombie"))
+    with pytest.raises(PrivacyRefusal, match="contradicts itself"):
+        ledger.charge(account, [entry("zombie")], entry("zombie"))
+
+
+def test_an_entry_that_is_not_folded_cannot_be_charged() -> None:
+    account = admitted(ledger.reserve(BUDGET, Account(), [], entry()))
+    with pytest.raises(PrivacyRefusal, match="fold it"):
+        ledger.charge(account, [entry()], entry())
+
+
+def test_folding_twice_changes_nothing() -> None:
+    account, entries = after(entry())
+    assert ledger.fold(account, entries[0]) == account
+
+
+def test_one_entry_holds_one_manifest() -> None:
+    account, entries = after(entry())
+    with pytest.raises(PrivacyRefusal, match="without a charge"):
+        ledger.record_manifest(entries[0], "0" * 64)
+    once = ledger.record_manifest(ledger.charge(account, entries, entries[0]), "0" * 64)
+    assert ledger.record_manifest(once, "0" * 64) == once
+    with pytest.raises(PrivacyRefusal, match="a second release"):
+        ledger.record_manifest(once, "1" * 64)
+
+
+@given(st.lists(st.sampled_from(sorted(CHARGES)), max_size=12))
+def test_remaining_epsilon_is_what_one_more_release_may_ask_for(asked: list[str]) -> None:
+    account, entries = Account(), list[Entry]()
+    for index, epsilon in enumerate(asked):
+        request = entry(f"job-{index}", epsilon)
+        left = ledger.remaining_epsilon(BUDGET, account.charges)
+        answer = ledger.reserve(BUDGET, account, entries, request)
+        assert isinstance(answer, Account) == (float(epsilon) <= left + 1e-9)
+        if isinstance(answer, Account):
+            entries.append(request)
+            account = ledger.fold(answer, request)
+    assert ledger.remaining_epsilon(BUDGET, account.charges) <= 20
+
+
+# ---- Races -------------------------------------------------------------------------------------------------------
+
+
+class Conflict(Exception):
+    """Somebody else wrote first."""
+
+
+@dataclass
+class Cluster:
+    """An API server: single objects, each with a version, changed by compare-and-swap only."""
+
+    account: Account = field(default_factory=Account)
+    version: int = 0
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def swap(self, version: int, account: Account) -> None:
+        if version != self.version:
+            raise Conflict
+        self.account, self.version = account, version + 1
+
+    def charged(self) -> tuple[Charge, ...]:
+        """What may have left, cheapest first."""
+        charges = (each.charge for each in self.entries.values() if each.phase is Phase.CHARGED)
+        return tuple(sorted(charges, key=lambda charge: charge.mu_squared))
+
+
+def actor(cluster: Cluster, request: Entry, reserves: bool, gives_up: bool) -> Iterator[None]:
+    """One planner's way to a release; yields wherever another may come in between. A mutant has `reserves` False."""
+    while True:
+        account, version = cluster.account, cluster.version
+        yield
+        entries = tuple(cluster.entries.values())
+        yield
+        answer = ledger.reserve(BUDGET, account, entries, request)
+        if not reserves:  # the filter sees what is spent already, not what others have reserved
+            counted = [each for each in entries if not account.is_pending(each.name)]
+            answer = ledger.reserve(BUDGET, replace(account, pending=()), counted, request)
+        if isinstance(answer, Refusal):
+            return
+        pending = account.pending if account.is_pending(request.name) else (*account.pending, request)
+        try:
+            cluster.swap(version, answer if reserves else replace(account, pending=pending))
+            break
+        except Conflict:
+            continue
+    yield
+    cluster.entries.setdefault(request.name, request)
+    yield
+    yield from swapped(cluster, lambda account, entries: ledger.fold(account, request))
+    if gives_up:
+        cluster.entries[request.name] = ledger.give_back(cluster.entries[request.name])
+        yield
+        yield from swapped(cluster, ledger.fold_returns)
+        return
+    account = cluster.account
+    yield
+    entries = tuple(cluster.entries.values())
+    yield
+    # Two engines of one job do the same things; the entry itself changes by compare-and-swap.
+    try:
+        cluster.entries[request.name] = ledger.charge(account, entries, cluster.entries[request.name])
+    except PrivacyRefusal:
+        return
+
+
+def swapped(cluster: Cluster, change: object) -> Iterator[None]:
+    while True:
+        account, version = cluster.account, cluster.version
+        yield
+        entries = tuple(cluster.entries.values())
+        yield
+        try:
+            cluster.swap(version, change(account, entries))  # type: ignore[operator]
+            return
+        except Conflict:
+            continue
+
+
+def dropper(cluster: Cluster, name: str) -> Iterator[None]:
+    """A planner that takes a job for gone: it drops a reservation that it saw without an entry."""
+    account, version = cluster.account, cluster.version
+    yield
+    if name not in cluster.entries and account.is_pending(name):
+        yield
+        try:
+            cluster.swap(version, ledger.drop(account, name))
+        except Conflict:
+            return
+
+
+def race(draw: random.Random, reserves: bool = True) -> float:
+    """ε of all that was charged after planners of several jobs raced, crashed, and were started again."""
+    cluster, running = Cluster(), list[Iterator[None]]()
+    requests = [entry(f"job-{index}", draw.choice(list(CHARGES))) for index in range(draw.randint(2, 5))]
+    gives_up = {request.name: draw.random() < 0.2 for request in requests}
+    for request in requests:
+        for _ in range(draw.randint(1, 2)):
+            running.append(actor(cluster, request, reserves, gives_up[request.name]))
+    running += [dropper(cluster, draw.choice(requests).name) for _ in range(draw.randint(0, 2))]
+    restarts = 4
+    while running:
+        mover = draw.choice(running)
+        if draw.random() < 0.04:  # a crash: this planner never moves again; perhaps another takes over
+            running.remove(mover)
+            if restarts:
+                restarts -= 1
+                request = draw.choice(requests)
+                running.append(actor(cluster, request, reserves, gives_up[request.name]))
+            continue
+        if next(mover, "ended") == "ended":
+            running.remove(mover)
+    return ledger.spent_epsilon(cluster.charged(), BUDGET.delta)
+
+
+NUM_RACES = 10_000
+
+
+@pytest.fixture
+def remembered_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand races ask the accountant for the same few numbers."""
+    monkeypatch.setattr(ledger, "budget_mu_squared", cache(ledger.budget_mu_squared))
+    monkeypatch.setattr(ledger, "spent_epsilon", cache(ledger.spent_epsilon))
+
+
+@pytest.mark.usefixtures("remembered_arithmetic")
+def test_no_interleaving_of_racing_and_crashing_planners_overspends() -> None:
+    draw = random.Random(0)
+    spent = [race(draw) for _ in range(NUM_RACES)]
+    assert max(spent) <= 20
+    assert sum(each > 10 for each in spent) > NUM_RACES / 10, "the races must come near the limit"
+
+
+@pytest.mark.usefixtures("remembered_arithmetic")
+def test_planners_that_do_not_reserve_are_caught_overspending() -> None:
+    draw = random.Random(0)
+    assert max(race(draw, reserves=False) for _ in range(1000)) > 20

@@ -1,0 +1,345 @@
+"""The order of a run: what is asked for in which state, and that a simulated world always ends, never uncharged."""
+
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from feddiff_protocol.api import FederatedDiffusionJob
+from feddiff_protocol.plan import (
+    OWNER_STAGES,
+    ChargeReservation,
+    ClientObserved,
+    GiveBack,
+    Hold,
+    JobPhase,
+    Observed,
+    Plan,
+    Reserve,
+    StageKey,
+    StageObserved,
+    StagePhase,
+    Start,
+    Stop,
+    plan,
+    releases_that_count,
+)
+from feddiff_protocol.stages import Receipt, Stage
+
+CONDITIONS = [
+    *("Accepted", "BudgetReserved", "Released", "SharedTrained", "PersonalTrained", "Evaluated"),
+    *("Suspended", "Complete", "Failed"),
+]
+UID = "job-uid-1"
+
+
+def job(clients: str = "abc", **spec: Any) -> FederatedDiffusionJob:
+    return FederatedDiffusionJob.model_validate(
+        {
+            "metadata": {"name": "digits", "namespace": "research"},
+            "spec": {
+                "clients": [{"name": name, "dataset": {"namespace": name, "name": "scans"}} for name in clients],
+                "privacy": {"mechanism": "gaussian", "epsilon": "10", "delta": "1e-5", "clipNorm": "4"},
+                **spec,
+            },
+        }
+    )
+
+
+def receipt(stage: Stage, client: str = "") -> Receipt:
+    outputs = {"manifest": client.encode().hex().ljust(64, "0")} if stage is Stage.RELEASE else {}
+    return Receipt(stage=stage, job_uid=UID, client=client, attempt=1, outputs=outputs, milliseconds=1)
+
+
+def done(stage: Stage, client: str = "") -> tuple[StageKey, StageObserved]:
+    return (stage, client), StageObserved(StagePhase.SUCCEEDED, 1, receipt=receipt(stage, client))
+
+
+def failed(stage: Stage, client: str, code: int, failures: int = 1) -> tuple[StageKey, StageObserved]:
+    return (stage, client), StageObserved(StagePhase.FAILED, failures, failures, code, "broke")
+
+
+def running(stage: Stage, client: str = "") -> tuple[StageKey, StageObserved]:
+    return (stage, client), StageObserved(StagePhase.RUNNING, 1)
+
+
+def holding(hold: Hold, clients: str = "abc") -> dict[str, ClientObserved]:
+    return {name: ClientObserved(hold) for name in clients}
+
+
+def released(*names: str) -> dict[StageKey, StageObserved]:
+    return dict(done(Stage.RELEASE, name) for name in names)
+
+
+def starts(decision: Plan) -> list[tuple[str, str]]:
+    return [(action.stage.value, action.client) for action in decision.actions if isinstance(action, Start)]
+
+
+# ---- The order ---------------------------------------------------------------------------------------------------
+
+
+def test_first_every_client_is_asked_for_a_reservation() -> None:
+    decision = plan(job(), Observed({}))
+    assert decision.actions == (Reserve("a"), Reserve("b"), Reserve("c"))
+    assert decision.status.phase is JobPhase.RESERVING
+
+
+def test_nobody_is_charged_before_all_have_reserved() -> None:
+    clients = {**holding(Hold.RESERVED, "ab"), "c": ClientObserved()}
+    assert plan(job(), Observed(clients)).actions == (Reserve("c"),)
+
+
+def test_nobody_releases_before_all_are_charged() -> None:
+    clients = {**holding(Hold.CHARGED, "ab"), "c": ClientObserved(Hold.RESERVED)}
+    assert plan(job(), Observed(clients)).actions == (ChargeReservation("c"),)
+
+
+def test_charged_clients_release() -> None:
+    decision = plan(job(), Observed(holding(Hold.CHARGED)))
+    assert starts(decision) == [("release", name) for name in "abc"]
+
+
+def test_both_denoisers_are_trained_side_by_side_once_releases_count() -> None:
+    decision = plan(job(), Observed(holding(Hold.CHARGED), released("a", "b", "c")))
+    assert starts(decision) == [("train-shared", ""), *(("train-personal", name) for name in "abc")]
+    assert decision.status.counted == ("a", "b", "c")
+
+
+def test_an_owner_samples_when_both_its_denoisers_are_there() -> None:
+    stages = {**released("a", "b", "c"), **dict([done(Stage.TRAIN_SHARED), done(Stage.TRAIN_PERSONAL, "b")])}
+    assert ("sample", "b") in starts(plan(job(), Observed(holding(Hold.CHARGED), stages)))
+    without_shared = {key: seen for key, seen in stages.items() if key[0] is not Stage.TRAIN_SHARED}
+    assert ("sample", "b") not in starts(plan(job(), Observed(holding(Hold.CHARGED), without_shared)))
+
+
+def test_the_report_closes_the_run() -> None:
+    stages = {**released(*"abc"), **dict([done(Stage.TRAIN_SHARED)])}
+    stages |= dict(done(stage, name) for stage in OWNER_STAGES for name in "abc")
+    assert starts(plan(job(), Observed(holding(Hold.CHARGED), stages))) == [("report", "")]
+    stages |= dict([done(Stage.REPORT)])
+    decision = plan(job(), Observed(holding(Hold.CHARGED), stages))
+    assert decision.actions == ()
+    assert decision.status.phase is JobPhase.COMPLETE
+
+
+def test_what_is_under_way_is_not_asked_for_again() -> None:
+    stages = dict(running(Stage.RELEASE, name) for name in "abc")
+    assert plan(job(), Observed(holding(Hold.CHARGED), stages)).actions == ()
+
+
+# ---- What goes wrong ---------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_ends_the_job_and_reservations_are_given_back() -> None:
+    clients = {**holding(Hold.RESERVED, "ab"), "c": ClientObserved(refusal="too much")}
+    decision = plan(job(), Observed(clients))
+    assert decision.actions == (GiveBack("a"), GiveBack("b"))
+    failure = decision.status.condition("Failed")
+    assert (failure.status, failure.reason) == (True, "PrivacyBudgetExceeded")
+    assert "client c: too much" in failure.message
+
+
+def test_with_a_quorum_a_refusal_only_drops_the_client() -> None:
+    clients = {**holding(Hold.RESERVED, "ab"), "c": ClientObserved(refusal="too much")}
+    decision = plan(job(quorum=2), Observed(clients))
+    assert decision.actions == (ChargeReservation("a"), ChargeReservation("b"))
+    assert decision.status.dropped == {"c": "too much"}
+
+
+@pytest.mark.parametrize(
+    ("story", "code", "failures", "again"),
+    [
+        ("a store that does not answer", 69, 3, True),
+        ("the last attempt", 69, 4, False),
+        ("a bug of ours", 1, 3, True),
+        ("a privacy refusal", 77, 1, False),
+        ("invalid data", 65, 1, False),
+        ("killed by a signal", 137, 1, True),
+    ],
+)
+def test_a_failed_stage_is_tried_again_only_where_that_may_help(
+    story: str, code: int, failures: int, again: bool
+) -> None:
+    stages = {**released("b", "c"), **dict([failed(Stage.RELEASE, "a", code, failures)])}
+    decision = plan(job(), Observed(holding(Hold.CHARGED), stages))
+    assert (("release", "a") in starts(decision)) is again, story
+    assert (decision.status.phase is JobPhase.FAILED) is not again
+
+
+def test_a_failed_job_stops_what_runs() -> None:
+    stages = {
+        **released("a", "b", "c"),
+        **dict([failed(Stage.TRAIN_SHARED, "", 77), running(Stage.TRAIN_PERSONAL, "a")]),
+    }
+    decision = plan(job(), Observed(holding(Hold.CHARGED), stages))
+    assert decision.actions == (Stop(Stage.TRAIN_PERSONAL, "a"),)
+    assert decision.status.condition("Failed").reason == "StageFailed"
+
+
+def test_at_the_deadline_the_quorum_counts_and_latecomers_are_stopped() -> None:
+    stages = {**released("a", "b"), **dict([running(Stage.RELEASE, "c")])}
+    observed = Observed(holding(Hold.CHARGED), stages, release_deadline_passed=True)
+    decision = plan(job(quorum=2), observed)
+    assert decision.status.counted == ("a", "b")
+    assert Stop(Stage.RELEASE, "c") in decision.actions
+
+
+def test_who_counts_is_decided_once() -> None:
+    observed = Observed(holding(Hold.CHARGED), released(*"abc"), counted=("a", "b"))
+    decision = plan(job(quorum=2), observed)
+    assert decision.status.counted == ("a", "b")
+    assert ("train-personal", "c") not in starts(decision)
+
+
+def test_too_few_releases_at_the_deadline_end_the_job() -> None:
+    observed = Observed(holding(Hold.CHARGED), released("a"), release_deadline_passed=True)
+    assert plan(job(quorum=2), observed).status.condition("Failed").reason == "ReleaseDeadlineExceeded"
+
+
+def test_suspend_stops_everything_and_asks_for_nothing() -> None:
+    stages = {**released("a", "b", "c"), **dict([running(Stage.TRAIN_SHARED)])}
+    decision = plan(job(suspend=True), Observed(holding(Hold.CHARGED), stages))
+    assert decision.actions == (Stop(Stage.TRAIN_SHARED, ""),)
+    assert decision.status.phase is JobPhase.SUSPENDED
+
+
+def test_the_releases_that_count_come_with_the_hashes_of_their_receipts() -> None:
+    references = releases_that_count(Observed({}, released(*"abc")), ("a", "c"))
+    assert [(each.client, each.manifest_sha256[:2]) for each in references] == [("a", "61"), ("c", "63")]
+
+
+# ---- Any state, and a simulated world ----------------------------------------------------------------------------
+
+
+def check_invariants(decision: Plan, observed: Observed) -> None:
+    assert [condition.type for condition in decision.status.conditions] == CONDITIONS
+    for action in decision.actions:
+        if isinstance(action, Start):
+            seen = observed.stages.get((action.stage, action.client))
+            assert seen is None or seen.phase in (StagePhase.FAILED, StagePhase.STOPPED)
+            assert action.attempt == (seen.attempt + 1 if seen else 1)
+            if action.stage is Stage.RELEASE:
+                assert observed.clients[action.client].hold is Hold.CHARGED
+        if isinstance(action, Stop):
+            assert observed.stages[(action.stage, action.client)].phase is StagePhase.RUNNING
+        if isinstance(action, GiveBack):
+            assert observed.clients[action.client].hold is Hold.RESERVED
+    assert len(set(decision.actions)) == len(decision.actions)
+
+
+def any_state(draw: random.Random, names: str) -> Observed:
+    """States no honest world would reach, too: entries lost, stages done out of order."""
+    clients = {
+        name: ClientObserved(draw.choice(list(Hold)), draw.choice(["", "", "", "no"]))
+        for name in names
+        if draw.random() < 0.9
+    }
+    keys = [(stage, name) for stage in (Stage.RELEASE, *OWNER_STAGES) for name in names]
+    stages = {}
+    for key in (*keys, (Stage.TRAIN_SHARED, ""), (Stage.REPORT, "")):
+        if draw.random() < 0.6:
+            phase = draw.choice(list(StagePhase))
+            code = draw.choice([None, 1, 65, 69, 74, 77, 137]) if phase is StagePhase.FAILED else None
+            kept = receipt(*key) if phase is StagePhase.SUCCEEDED else None
+            stages[key] = StageObserved(phase, draw.randint(1, 6), draw.randint(0, 6), code, "", kept)
+    counted = tuple(name for name in names if draw.random() < 0.3)
+    return Observed(clients, stages, counted, draw.random() < 0.3)
+
+
+def test_no_state_makes_a_release_start_without_its_charge() -> None:
+    draw = random.Random(0)
+    for _ in range(4_000):
+        names = "abcd"[: draw.randint(1, 4)]
+        spec = {"quorum": draw.randint(1, len(names)), "suspend": draw.random() < 0.1}
+        observed = any_state(draw, names)
+        check_invariants(plan(job(names, **spec), observed), observed)
+
+
+@dataclass
+class SimulatedWorld:
+    """Ledgers and stages that fail, stall and are lost at random; `observed` is what a planner sees of them."""
+
+    draw: random.Random
+    names: str
+    trouble: float
+    clients: dict[str, ClientObserved] = field(default_factory=dict)
+    stages: dict[StageKey, StageObserved] = field(default_factory=dict)
+    counted: tuple[str, ...] = ()
+    late: bool = False
+    releases: list[str] = field(default_factory=list)
+
+    def observed(self) -> Observed:
+        return Observed(dict(self.clients), dict(self.stages), self.counted, self.late)
+
+    def carry_out(self, decision: Plan) -> None:
+        self.counted = decision.status.counted
+        for action in decision.actions:
+            if self.draw.random() < 0.1:
+                continue  # the planner died here
+            match action:
+                case Reserve(client):
+                    refused = self.draw.random() < self.trouble / 4
+                    self.clients[client] = ClientObserved(Hold.NONE if refused else Hold.RESERVED, "no" * refused)
+                case ChargeReservation(client):
+                    self.clients[client] = ClientObserved(Hold.CHARGED)
+                case GiveBack(client):
+                    assert self.clients[client].hold is Hold.RESERVED
+                    self.clients[client] = replace(self.clients[client], hold=Hold.RETURNED)
+                case Start(stage, client, attempt):
+                    if stage is Stage.RELEASE:
+                        assert self.clients[client].hold is Hold.CHARGED
+                        self.releases.append(client)
+                    before = self.stages.get((stage, client))
+                    failures = before.num_failures if before else 0
+                    self.stages[(stage, client)] = StageObserved(StagePhase.RUNNING, attempt, failures)
+                case Stop(stage, client):
+                    seen = self.stages[(stage, client)]
+                    self.stages[(stage, client)] = replace(seen, phase=StagePhase.STOPPED)
+
+    def move(self) -> None:
+        self.late = self.late or self.draw.random() < self.trouble / 50
+        for key, seen in list(self.stages.items()):
+            if seen.phase is not StagePhase.RUNNING or self.draw.random() < 0.3:
+                continue
+            if self.draw.random() >= self.trouble:
+                self.stages[key] = replace(seen, phase=StagePhase.SUCCEEDED, receipt=receipt(*key))
+            elif self.draw.random() < 0.4:
+                self.stages[key] = replace(seen, phase=StagePhase.STOPPED, exit_code=75)
+            else:
+                code = self.draw.choice([1, 69, 74, 137, 65, 77])
+                failures = seen.num_failures + 1
+                self.stages[key] = replace(seen, phase=StagePhase.FAILED, num_failures=failures, exit_code=code)
+
+
+def test_every_simulated_run_ends_complete_or_failed() -> None:
+    draw = random.Random(1)
+    ends = {JobPhase.COMPLETE: 0, JobPhase.FAILED: 0}
+    for _ in range(2_000):
+        names = "abcd"[: draw.randint(1, 4)]
+        decision = simulate(
+            job(names, quorum=draw.randint(1, len(names))), SimulatedWorld(draw, names, draw.random() / 2)
+        )
+        ends[decision.status.phase] += 1
+    assert min(ends.values()) > 200, "both ends must be common"
+
+
+def simulate(asked: FederatedDiffusionJob, world: SimulatedWorld) -> Plan:
+    for _ in range(1_000):
+        observed = world.observed()
+        decision = plan(asked, observed)
+        check_invariants(decision, observed)
+        if decision.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED) and not decision.actions:
+            assert not any(client.hold is Hold.RESERVED for client in world.clients.values())
+            return decision
+        world.carry_out(decision)
+        world.move()
+    raise AssertionError("the run did not end")
+
+
+def test_a_planner_that_forgets_to_charge_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from feddiff_protocol.plan import _Run
+
+    monkeypatch.setattr(_Run, "charge", lambda self: None)
+    with pytest.raises(AssertionError, match="only after its charge"):
+        simulate(job("ab"), SimulatedWorld(random.Random(0), "ab", 0.0))

@@ -1,0 +1,127 @@
+"""The U-Net and its preconditioning: any size, conditions that matter, nothing before training, the same bits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from feddiff_trainer.denoising import denoising_loss, log_uniform_sigmas
+from feddiff_trainer.network import CLIPPED, Denoiser, NetworkConfig, fold, levels, preconditioning, unfold
+
+torch.set_num_threads(1)
+
+
+def denoiser(size: tuple[int, int] = (8, 8), channels: int = 1, attention: bool = False, width: int = 8) -> Denoiser:
+    torch.manual_seed(1)
+    return Denoiser(NetworkConfig(channels, *size, num_classes=3, base_width=width, attention=attention))
+
+
+def inputs(model: Denoiser, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (batch, model.config.image_channels, model.config.image_height, model.config.image_width)
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(shape, generator=generator), torch.full((batch,), 0.7), torch.arange(batch) % 3
+
+
+def awake(model: Denoiser) -> Denoiser:
+    """The model with every parameter off zero, as after training."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(4, 4), (5, 7), (8, 8), (14, 14), (28, 28), (32, 32), (64, 64), (4, 33)])
+def test_estimate_has_the_shape_of_the_image(size: tuple[int, int], channels: int) -> None:
+    model = awake(denoiser(size, channels, attention=True))
+    y_BCHW, sigma_B, label_B = inputs(model)
+    x0_BCHW = model(y_BCHW, sigma_B, label_B)
+    assert x0_BCHW.shape == y_BCHW.shape and torch.isfinite(x0_BCHW).all()
+
+
+def test_untrained_estimate_is_c_skip_times_the_input() -> None:
+    model = denoiser((14, 14), attention=True)
+    y_BCHW, sigma_B, label_B = inputs(model)
+    torch.testing.assert_close(model(y_BCHW, sigma_B, label_B), 0.25 / (0.25 + 0.49) * y_BCHW)
+
+
+def test_preconditioning_is_the_published_one() -> None:
+    """By hand at σ = σ_data = 0.5: ½, 0.5·0.5/√½, 1/√½, ln(½)/4 (Karras et al. 2022, table 1)."""
+    found = [value.item() for value in preconditioning(torch.tensor([0.5]), 0.5)]
+    assert found == pytest.approx([0.5, 0.25 / 0.5**0.5, 1 / 0.5**0.5, -0.1732868])
+
+
+def test_every_condition_changes_the_estimate() -> None:
+    model = awake(denoiser(attention=True))
+    y_BCHW, sigma_B, label_B = inputs(model)
+    plain = model(y_BCHW, sigma_B, label_B)
+    assert not torch.allclose(plain, model(y_BCHW, sigma_B, (label_B + 1) % 3))
+    assert not torch.allclose(plain, model(y_BCHW, 2 * sigma_B, label_B))
+    assert not torch.allclose(plain, model(y_BCHW, sigma_B, label_B, torch.full_like(label_B, CLIPPED)))
+    assert torch.equal(plain, model(y_BCHW, sigma_B, label_B, torch.zeros_like(label_B)))
+
+
+def test_images_of_one_batch_do_not_see_each_other() -> None:
+    model = awake(denoiser(attention=True))
+    y_BCHW, sigma_B, label_B = inputs(model)
+    alone = torch.cat([model(y_BCHW[i : i + 1], sigma_B[i : i + 1], label_B[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(model(y_BCHW, sigma_B, label_B), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_the_estimate_at_one_corner_depends_on_the_opposite_one() -> None:
+    """The coarsest grid is fully connected, so no pixel is out of sight."""
+    model = awake(denoiser((28, 28)))
+    y_BCHW, sigma_B, label_B = inputs(model)
+    changed_BCHW = y_BCHW.clone()
+    changed_BCHW[..., -1, -1] += 1
+    assert not torch.equal(model(y_BCHW, sigma_B, label_B)[..., 0, 0], model(changed_BCHW, sigma_B, label_B)[..., 0, 0])
+
+
+def test_one_seed_gives_one_network_and_one_estimate() -> None:
+    first, second = awake(denoiser()), awake(denoiser())
+    y_BCHW, sigma_B, label_B = inputs(first)
+    assert torch.equal(first(y_BCHW, sigma_B, label_B), second(y_BCHW, sigma_B, label_B))
+
+
+def test_weights_of_one_network_fit_another_of_the_same_config() -> None:
+    first = awake(denoiser())
+    second = Denoiser(first.config)
+    second.load_state_dict(first.state_dict())
+    y_BCHW, sigma_B, label_B = inputs(first)
+    assert torch.equal(first(y_BCHW, sigma_B, label_B), second(y_BCHW, sigma_B, label_B))
+
+
+def test_levels_halve_the_grid_to_four_cells_and_stop_widening() -> None:
+    grids, widths = levels(NetworkConfig(1, 64, 28, num_classes=2, base_width=16))
+    assert grids == [(32, 14), (16, 7), (8, 4), (4, 2)]
+    assert widths == [16, 32, 64, 64]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5)])
+def test_unfold_undoes_fold(size: tuple[int, int]) -> None:
+    x_BCHW = torch.randn(2, 3, *size)
+    assert torch.equal(unfold(fold(x_BCHW), x_BCHW), x_BCHW)
+
+
+def test_training_on_two_classes_reduces_the_loss_and_separates_them() -> None:
+    """Class 0 is a bright left half, class 1 a bright right half: at high noise only the label can tell."""
+    torch.manual_seed(4)
+    patterns_KCHW = torch.full((2, 1, 8, 8), -0.5)
+    patterns_KCHW[0, :, :, :4] = patterns_KCHW[1, :, :, 4:] = 0.5
+    model, generator = denoiser(), torch.Generator().manual_seed(5)
+    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(150):
+        label_B = torch.randint(2, (32,), generator=generator)
+        sigma_B = log_uniform_sigmas(32, 0.1, 20, generator)
+        noise_BCHW = torch.randn(32, 1, 8, 8, generator=generator)
+        flag_B = torch.zeros_like(label_B)
+        loss = denoising_loss(model, patterns_KCHW[label_B], sigma_B, label_B, flag_B, noise_BCHW).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
+    y_BCHW = 10 * torch.randn(2, 1, 8, 8, generator=generator)
+    x0_BCHW = model(y_BCHW, torch.full((2,), 10.0), torch.arange(2))
+    torch.testing.assert_close(x0_BCHW, patterns_KCHW, atol=0.4, rtol=0)

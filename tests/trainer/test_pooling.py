@@ -1,0 +1,211 @@
+"""Pooling against the Gaussian behind the summaries: unbiased, weighed by precision, positive with its trace kept."""
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+
+import pytest
+import torch
+from torch import Tensor
+
+from feddiff_protocol.errors import DataInvalid
+from feddiff_trainer.pooling import (
+    CENTRED_FROM,
+    TRACE_FLOOR,
+    OwnerSummary,
+    PooledMean,
+    expected_centre_error,
+    on_simplex,
+    owner_covariance,
+    packed,
+    pool,
+    project_keeping_trace,
+    shrink_to_shared,
+    unpacked,
+)
+
+MEAN = torch.tensor([0.05, 0.5, 0.8], dtype=torch.float64)
+COVARIANCE = torch.tensor([[0.02, 0.01, 0.00], [0.01, 0.04, -0.02], [0.00, -0.02, 0.03]], dtype=torch.float64)
+VALUES = 3
+CENTRE = 0.5
+
+
+def summary_of(
+    classes: Sequence[Tensor], mean_std: float, moment_std: float, generator: torch.Generator
+) -> OwnerSummary:
+    """What an owner of these records releases, by METHOD §3 without the clips."""
+    mean_sums, moment_sums = [], []
+    for x_ND in classes:
+        mean_sum_D = x_ND.sum(0) + mean_std * noise(VALUES, generator)
+        noisy_centre = len(x_ND) >= CENTRED_FROM
+        centre_D = (mean_sum_D / len(x_ND)).clamp(0, 1) if noisy_centre else torch.full_like(MEAN, CENTRE)
+        u_ND = x_ND - centre_D
+        mean_sums.append(mean_sum_D)
+        moment_sums.append(packed(u_ND.T @ u_ND) + moment_std * noise(VALUES * (VALUES + 1) // 2, generator))
+    counts_K = torch.tensor([len(x_ND) for x_ND in classes])
+    return OwnerSummary(torch.stack(mean_sums), torch.stack(moment_sums), counts_K, mean_std, moment_std, 1.0, CENTRE)
+
+
+def noise(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, generator=generator, dtype=torch.float64)
+
+
+def records(
+    count: int, generator: torch.Generator, mean_D: Tensor = MEAN, covariance_DD: Tensor = COVARIANCE
+) -> Tensor:
+    root_DD = torch.linalg.cholesky(covariance_DD)
+    return mean_D + torch.randn(count, VALUES, generator=generator, dtype=torch.float64) @ root_DD.T
+
+
+def test_without_noise_and_with_many_records_the_pool_is_the_true_gaussian() -> None:
+    generator = torch.Generator().manual_seed(1)
+    other_D = torch.tensor([0.6, 0.2, 0.4], dtype=torch.float64)
+    classes = [records(200_000, generator), records(200_000, generator, other_D, 2 * COVARIANCE)]
+    means_KD, covariances_KDD = pool([summary_of(classes, 1e-9, 1e-9, generator)], 0.03, own_covariance_weight=1.0)
+    torch.testing.assert_close(means_KD, 2 * torch.stack([MEAN, other_D]) - 1, atol=0.003, rtol=0)
+    torch.testing.assert_close(covariances_KDD, 4 * torch.stack([COVARIANCE, 2 * COVARIANCE]), atol=0.003, rtol=0)
+
+
+@pytest.mark.parametrize("counts", [(40, 60), (5, 8), (40, 5), (100,)])
+def test_pooled_mean_and_owners_covariances_are_unbiased(counts: tuple[int, ...]) -> None:
+    """Over 800 draws of records and noise, both kinds of centre; large noise, so that its own share would show."""
+    deviation, standard_error = covariance_bias(counts, owner_covariance)
+    assert deviation < 4.5 * standard_error
+
+
+@pytest.mark.parametrize("counts", [(40, 60), (5, 8), (40, 5), (100,)])
+def test_taking_the_second_moment_for_the_covariance_is_biased(counts: tuple[int, ...]) -> None:
+    """Mutant: S2/n as it is, without correction for its centre."""
+
+    def uncorrected(owner: OwnerSummary, k: int, pooled: PooledMean) -> Tensor:
+        return unpacked(owner.moment_sums_KM[k] / float(owner.counts_K[k]), VALUES)
+
+    deviation, standard_error = covariance_bias(counts, uncorrected)
+    assert deviation > 4.5 * standard_error
+
+
+def covariance_bias(
+    counts: tuple[int, ...], estimate: Callable[[OwnerSummary, int, PooledMean], Tensor]
+) -> tuple[float, float]:
+    """Largest bias of the owners' mean covariance over many draws, and the standard error of that entry."""
+    generator = torch.Generator().manual_seed(2)
+    middle_D = torch.tensor([0.4, 0.6, 0.5], dtype=torch.float64)  # far from 0 and 1: the mean's clip is tested apart
+    estimates = []
+    for _ in range(800):
+        owners = [summary_of([records(n, generator, middle_D)], 4.0, 0.5, generator) for n in counts]
+        mean_D = torch.stack([o.mean_sums_KD[0] for o in owners]).sum(0) / sum(counts)
+        weights = [n / sum(counts) for n in counts]
+        noise_variance = sum((w * 4.0 / n) ** 2 for w, n in zip(weights, counts, strict=True))
+        share = sum(w**2 / n for w, n in zip(weights, counts, strict=True))
+        pooled = PooledMean(mean_D, noise_variance, share)
+        estimates.append(sum(w * estimate(o, 0, pooled) for w, o in zip(weights, owners, strict=True)))
+    stacked = torch.stack([torch.as_tensor(e) for e in estimates])
+    deviation_DD = (stacked.mean(0) - COVARIANCE).abs()
+    worst = int((deviation_DD / stacked.std(0)).argmax())
+    return deviation_DD.flatten()[worst].item(), stacked.std(0).flatten()[worst].item() / sqrt(len(stacked))
+
+
+def test_expected_centre_error_equals_monte_carlo_at_the_border_and_inside() -> None:
+    generator = torch.Generator().manual_seed(3)
+    mean_D, std = torch.tensor([0.0, 0.1, 0.5, 1.0], dtype=torch.float64), 0.2
+    z_ND = torch.randn(400_000, 4, generator=generator, dtype=torch.float64)
+    error_ND = (mean_D + std * z_ND).clamp(0, 1) - mean_D
+    expected = expected_centre_error(mean_D, std)
+    torch.testing.assert_close(error_ND.T @ error_ND / len(z_ND), expected, atol=3e-4, rtol=0)
+    assert expected[0, 0].item() == pytest.approx(std**2 / 2, rel=1e-5)  # a black pixel: the clip takes half
+    inside = expected_centre_error(torch.full((2,), 0.5, dtype=torch.float64), 0.02)
+    torch.testing.assert_close(inside, 0.02**2 * torch.eye(2, dtype=torch.float64))
+
+
+def test_precision_weights_beat_weights_by_number_of_records() -> None:
+    """Two owners of as many records, one with ten times the noise: by n both count the same."""
+    generator = torch.Generator().manual_seed(4)
+    ours, by_number = [], []
+    for _ in range(300):
+        owners = [summary_of([records(60, generator)], std, std / 4, generator) for std in (2.0, 20.0)]
+        means_KD, covariances_KDD = pool(owners, 0.03)
+        naive_D = 2 * sum(o.mean_sums_KD[0] for o in owners) / 120 - 1
+        naive_DD = project_keeping_trace(4 * sum(unpacked(o.moment_sums_KM[0], VALUES) for o in owners) / 120, 0.01)
+        ours.append(((means_KD[0] - 2 * MEAN + 1).square().sum(), (covariances_KDD[0] - 4 * COVARIANCE).square().sum()))
+        by_number.append(((naive_D - 2 * MEAN + 1).square().sum(), (naive_DD - 4 * COVARIANCE).square().sum()))
+    ours_mean, ours_covariance = torch.tensor(ours).mean(0)
+    naive_mean, naive_covariance = torch.tensor(by_number).mean(0)
+    assert ours_mean < naive_mean / 3 and ours_covariance < naive_covariance / 3
+
+
+def test_an_owner_without_records_of_a_class_counts_for_nothing() -> None:
+    generator = torch.Generator().manual_seed(5)
+    holder = summary_of([records(50, generator)], 1.0, 1.0, generator)
+    garbage = torch.full_like(holder.mean_sums_KD, 1e6), torch.full_like(holder.moment_sums_KM, 1e6)
+    empty = OwnerSummary(*garbage, torch.tensor([0]), 1.0, 1.0, 1.0, CENTRE)
+    for alone, both in zip(pool([holder], 0.03), pool([empty, holder], 0.03), strict=True):
+        assert torch.equal(alone, both)
+
+
+def test_a_class_that_nobody_has_is_refused() -> None:
+    generator = torch.Generator().manual_seed(6)
+    owner = summary_of([records(50, generator), records(50, generator)], 1.0, 1.0, generator)
+    empty = OwnerSummary(owner.mean_sums_KD, owner.moment_sums_KM, torch.tensor([50, 0]), 1.0, 1.0, 1.0, CENTRE)
+    with pytest.raises(DataInvalid, match=r"classes \[1\]: expected records at one owner"):
+        pool([empty, empty], 0.03)
+
+
+def random_symmetric(size: int, seed: int) -> Tensor:
+    matrix_DD = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return matrix_DD + matrix_DD.T + 0.3 * torch.eye(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_projection_keeps_the_trace_and_removes_negative_eigenvalues(seed: int) -> None:
+    symmetric_DD = random_symmetric(12, seed)
+    symmetric_DD += (1 - symmetric_DD.trace() / 12) * torch.eye(12, dtype=torch.float64)
+    projected_DD = project_keeping_trace(symmetric_DD, 0.01)
+    assert projected_DD.trace().item() == pytest.approx(12, rel=1e-12)
+    assert torch.linalg.eigvalsh(projected_DD).min() > -1e-12
+    clipped_trace = torch.linalg.eigvalsh(symmetric_DD).clamp(min=0).sum()
+    assert clipped_trace > 12.5  # mutant: clipping at zero alone does not keep it
+
+
+def test_projection_is_the_nearest_such_matrix() -> None:
+    """No random positive matrix of the same trace is nearer, and what is positive already stays."""
+    symmetric_DD = random_symmetric(4, 9) + 2 * torch.eye(4, dtype=torch.float64)
+    projected_DD = project_keeping_trace(symmetric_DD, 0.01)
+    distance = (projected_DD - symmetric_DD).norm()
+    generator = torch.Generator().manual_seed(10)
+    for _ in range(500):
+        step_DD = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+        other_DD = projected_DD + 0.05 * step_DD @ step_DD.T
+        other_DD *= projected_DD.trace() / other_DD.trace()
+        assert (other_DD - symmetric_DD).norm() >= distance
+    torch.testing.assert_close(project_keeping_trace(COVARIANCE, 0.0), COVARIANCE)
+
+
+def test_a_trace_lost_in_noise_is_replaced_by_the_floor() -> None:
+    assert project_keeping_trace(-torch.eye(4, dtype=torch.float64), 0.2).trace().item() == pytest.approx(0.2)
+    generator = torch.Generator().manual_seed(11)
+    owner = summary_of([records(50, generator)], 1.0, 1.0, generator)
+    lost = OwnerSummary(owner.mean_sums_KD, owner.moment_sums_KM - 100, owner.counts_K, 1.0, 1.0, 1.0, CENTRE)
+    _, covariances_KDD = pool([lost], 0.03)
+    assert covariances_KDD[0].trace().item() == pytest.approx(4 * TRACE_FLOOR * 0.03 * VALUES)
+
+
+def test_simplex_projection_by_hand() -> None:
+    values = torch.tensor([3.0, 1.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close(on_simplex(values, 3.0), torch.tensor([2.5, 0.5, 0.0], dtype=torch.float64))
+
+
+def test_classes_known_equally_well_keep_the_weight_asked_for() -> None:
+    own_KDD = torch.stack([COVARIANCE, 3 * COVARIANCE])
+    shrunk_KDD = shrink_to_shared(own_KDD, torch.ones(2, dtype=torch.float64), 0.6)
+    torch.testing.assert_close(shrunk_KDD, 0.6 * own_KDD + 0.4 * 2 * COVARIANCE)
+
+
+def test_a_class_rare_everywhere_takes_the_covariance_of_the_others() -> None:
+    own_KDD = torch.stack([COVARIANCE, 1e3 * COVARIANCE])
+    shrunk_KDD = shrink_to_shared(own_KDD, torch.tensor([1.0, 1e-9], dtype=torch.float64), 0.5)
+    torch.testing.assert_close(shrunk_KDD, COVARIANCE.expand(2, -1, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_packing_keeps_the_frobenius_norm_and_unpacks_to_the_same_bits() -> None:
+    symmetric_DD = random_symmetric(5, 12)
+    assert packed(symmetric_DD).norm().item() == pytest.approx(symmetric_DD.norm().item(), rel=1e-14)
+    torch.testing.assert_close(unpacked(packed(symmetric_DD), 5), symmetric_DD, atol=1e-15, rtol=1e-15)

@@ -1,0 +1,456 @@
+"""Records: three formats read to the same pixels, and one message for everything that can be wrong with them."""
+
+import gzip
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from feddiff_protocol.api import ClassesSpec, ImageSpec, SourceSpec
+from feddiff_protocol.errors import DataInvalid, FeddiffError, InputMissing
+from feddiff_trainer.records import Records, check_declared, digest_records, read_holdout, read_records, read_source
+
+HEIGHT, WIDTH, NUM_CLASSES = 4, 5, 3
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, HEIGHT, WIDTH), dtype=np.uint8)
+LABELS = np.array([0, 0, 1, 1, 2, 2], np.uint8)
+
+
+def read(source_format: str, path: Path, labels_path: Path | None = None, channels: int = 1, **more: object) -> Records:
+    return read_records(
+        source_format,
+        path,
+        labels_path=labels_path,
+        channels=channels,
+        height=HEIGHT,
+        width=WIDTH,
+        num_classes=NUM_CLASSES,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def write_idx(folder: Path, images: bytes | None = None, labels: bytes | None = None) -> tuple[Path, Path]:
+    (folder / "images").write_bytes(idx_bytes(IMAGES) if images is None else images)
+    (folder / "labels").write_bytes(idx_bytes(LABELS) if labels is None else labels)
+    return folder / "images", folder / "labels"
+
+
+def write_npz(folder: Path, **arrays: object) -> Path:
+    np.savez(folder / "records.npz", **{"images": IMAGES, "labels": LABELS, **arrays})  # type: ignore[arg-type]
+    return folder / "records.npz"
+
+
+def write_folder(root: Path, images: np.ndarray = IMAGES) -> Path:
+    for row, (image, label) in enumerate(zip(images, LABELS, strict=True)):
+        folder = root / f"class-{label}"
+        folder.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(image).save(folder / f"{row}.png")
+    return root
+
+
+# ---- What is read ----------------------------------------------------------------------------------------------------
+
+
+def test_all_formats_give_the_same_records(tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    write_idx(packed, gzip.compress(idx_bytes(IMAGES)), gzip.compress(idx_bytes(LABELS)))
+    all_records = [
+        read("idx", *write_idx(tmp_path)),
+        read("idx", packed / "images", packed / "labels"),
+        read("npz", write_npz(tmp_path)),
+        read("folder", write_folder(tmp_path / "folder")),
+    ]
+    assert len({digest_records(records) for records in all_records}) == 1
+    for records in all_records:
+        assert records.pixels_NCHW.dtype == np.uint8  # an eighth of float64
+        np.testing.assert_array_equal(records[:], IMAGES.reshape(6, -1) / 255)
+        np.testing.assert_array_equal(records.labels_N, LABELS)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ">f4"])
+def test_floats_stay_as_they_were_stored_and_come_out_as_float64(tmp_path: Path, dtype: str) -> None:
+    images = (IMAGES / 255).astype(dtype)
+    records = read("npz", write_npz(tmp_path, images=images))
+    assert records.pixels_NCHW.dtype == np.dtype(dtype)
+    assert records[2:4].dtype == np.float64
+    np.testing.assert_array_equal(records[2:4], images[2:4].reshape(2, -1).astype(np.float64))
+
+
+def test_channels_come_first_whatever_their_place_in_the_file(tmp_path: Path) -> None:
+    first = np.random.default_rng(1).integers(0, 256, (6, 3, HEIGHT, WIDTH), dtype=np.uint8)
+    last = np.ascontiguousarray(first.transpose(0, 2, 3, 1))
+    all_records = [
+        read("npz", write_npz(tmp_path, images=first), channels=3),
+        read("npz", write_npz(tmp_path, images=last), channels=3),
+        read("folder", write_folder(tmp_path / "rgb", last), channels=3),
+    ]
+    for records in all_records:
+        np.testing.assert_array_equal(records.pixels_NCHW, first)
+        np.testing.assert_array_equal(records[:], first.reshape(6, -1) / 255)
+
+
+def test_rows_come_in_the_order_asked_for_as_a_fresh_array() -> None:
+    records = Records(np.full((3, 1, 1, 1), 0.5) * np.arange(3).reshape(3, 1, 1, 1), np.zeros(3, np.int64))
+    rows_ND = records[np.array([2, 0])]
+    assert rows_ND.tolist() == [[1.0], [0.0]]
+    assert not np.shares_memory(rows_ND, records.pixels_NCHW)
+
+
+def test_jpeg_is_read_too(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    Image.fromarray(IMAGES[0]).save(tmp_path / "class-0" / "z.JPG", "JPEG")
+    assert len(read("folder", tmp_path)) == 7
+
+
+def test_class_names_set_the_order_of_the_classes(tmp_path: Path) -> None:
+    records = read("folder", write_folder(tmp_path), class_names=("class-2", "class-0", "class-1"))
+    np.testing.assert_array_equal(records[:2], IMAGES[4:].reshape(2, -1) / 255)
+
+
+def test_source_and_holdout_of_a_dataset_are_read_by_its_own_words(tmp_path: Path) -> None:
+    path = str(write_npz(tmp_path))
+    image = ImageSpec(channels=1, height=HEIGHT, width=WIDTH)
+    classes = ClassesSpec(count=NUM_CLASSES, records=(2, 2, 2))
+    source = SourceSpec.model_validate({"format": "npz", "path": path, "holdoutPath": path})
+    assert len(read_source(source, image, classes)) == 6
+    assert read_holdout(source.model_copy(update={"holdout_path": None}), image, classes) is None
+    holdout = read_holdout(source, image, ClassesSpec(count=NUM_CLASSES, records=(9, 9, 9)))  # counts not declared
+    assert holdout is not None and len(holdout) == 6
+    with pytest.raises(DataInvalid, match="expected 9 records of class 0 as declared, found 2"):
+        read_source(source, image, ClassesSpec(count=NUM_CLASSES, records=(9, 9, 9)))
+
+
+# ---- Digest and declaration ------------------------------------------------------------------------------------------
+
+
+def test_digest_changes_with_every_pixel_label_order_shape_and_type() -> None:
+    records = Records(IMAGES[:, None], LABELS.astype(np.int64))
+    one_pixel = IMAGES[:, None].copy()
+    one_pixel[3, 0, 1, 2] ^= 1
+    changed = [
+        Records(one_pixel, records.labels_N),
+        Records(records.pixels_NCHW, np.roll(records.labels_N, 1)),
+        Records(records.pixels_NCHW[::-1], records.labels_N[::-1]),
+        Records(records.pixels_NCHW.reshape(6, 1, WIDTH, HEIGHT), records.labels_N),
+        Records(records.pixels_NCHW.astype(np.float32), records.labels_N),
+        Records(records.pixels_NCHW[:5], records.labels_N[:5]),
+    ]
+    assert len({digest_records(r) for r in [records, *changed]}) == 7
+
+
+def test_digest_does_not_depend_on_memory_layout_or_byte_order() -> None:
+    pixels = (IMAGES[:, None] / 255).astype(np.float32)
+    strided = np.repeat(pixels, 2, axis=0)[::2]
+    digests = {digest_records(Records(p, LABELS.astype(np.int64))) for p in (pixels, strided, pixels.astype(">f4"))}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ((2, 2, 3), "expected 3 records of class 2 as declared, found 2"),
+        ((2, 2, 2, 1), "expected 1 records of class 3 as declared, found 0"),
+        ((2, 2), "expected 0 records of class 2 as declared, found 2"),
+        ((0, 2, 2), "expected 0 records of class 0 as declared, found 2"),
+    ],
+    ids=["one missing", "empty class", "undeclared class", "declared empty"],
+)
+def test_counts_that_differ_from_the_declaration_are_refused(declared: tuple[int, ...], message: str) -> None:
+    records = Records(IMAGES[:, None], LABELS.astype(np.int64))
+    check_declared(records, (2, 2, 2))
+    check_declared(records, (2, 2, 2, 0))
+    with pytest.raises(DataInvalid, match=message):
+        check_declared(records, declared)
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    for source_format in ("npz", "folder"):
+        with pytest.raises(InputMissing, match=r"nowhere: .*No such file"):
+            read(source_format, tmp_path / "nowhere")
+    images, _ = write_idx(tmp_path)
+    with pytest.raises(InputMissing, match=r"nowhere: .*No such file"):
+        read("idx", images, tmp_path / "nowhere")
+
+
+def test_a_folder_in_place_of_a_file_and_the_reverse_say_so(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match="Is a directory"):
+        read("npz", tmp_path)
+    with pytest.raises(InputMissing, match="Not a directory"):
+        read("folder", write_npz(tmp_path))
+
+
+@pytest.mark.parametrize("source_format", ["idx", "npz", "folder"])
+def test_an_unreadable_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source_format: str) -> None:
+    images, labels = write_idx(tmp_path)
+    path = {"idx": images, "npz": write_npz(tmp_path), "folder": write_folder(tmp_path / "folder")}[source_format]
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("open", "read_bytes", "iterdir"):
+        monkeypatch.setattr(Path, name, denied)
+    with pytest.raises(InputMissing, match="Permission denied; check path and permissions"):
+        read(source_format, path, labels if source_format == "idx" else None)
+
+
+def test_an_unreadable_image_is_missing_rather_than_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Image, "open", failing)
+    with pytest.raises(InputMissing, match=r"0\.png: .*Input/output error"):
+        read("folder", write_folder(tmp_path))
+
+
+BAD_IDX = {
+    "empty file": ((b"", None), "magic .* found an empty file"),
+    "wrong magic": ((b"\x89PNG\r\n", None), "magic .* found 89 50 4e 47"),
+    "floats": ((bytes([0, 0, 13, 3]) + bytes(99), None), "magic .* found 00 00 0d 03"),
+    "truncated header": ((idx_bytes(IMAGES)[:9], None), "truncated"),
+    "truncated": ((idx_bytes(IMAGES)[:-1], None), "expected 136 bytes for 6×4×5, found 135"),
+    "too long": ((idx_bytes(IMAGES) + b"x", None), "expected 136 bytes for 6×4×5, found 137"),
+    "truncated gzip": ((gzip.compress(idx_bytes(IMAGES))[:-9], None), "complete gzip"),
+    "damaged gzip": ((b"\x1f\x8b" + bytes(40), None), "complete gzip"),
+    "labels for images": ((idx_bytes(LABELS), None), "expected images of 1×4×5"),
+    "images for labels": ((None, idx_bytes(IMAGES)), "expected labels as a list of integers"),
+    "one label less": ((None, idx_bytes(LABELS[:-1])), "found 6 images and 5 labels"),
+    "label beyond the classes": ((None, idx_bytes(LABELS + 1)), "expected labels from 0 to 2, found 3"),
+    "other size": ((idx_bytes(IMAGES.reshape(6, 5, 4)), None), "expected images of 1×4×5 .*, found 5×4"),
+    "no records": ((idx_bytes(IMAGES[:0]), idx_bytes(LABELS[:0])), "at least one record, found none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IDX)
+def test_bad_idx_gives_one_message(tmp_path: Path, case: str) -> None:
+    (images, labels), message = BAD_IDX[case]
+    with pytest.raises(DataInvalid, match=message):
+        read("idx", *write_idx(tmp_path, images, labels))
+
+
+def with_pixel(value: float, dtype: type = np.float32) -> np.ndarray:
+    images = (IMAGES / 255).astype(dtype)
+    images[4, 1, 2] = value
+    return images
+
+
+BAD_NPZ = {
+    "NaN": ({"images": with_pixel(np.nan)}, r"in \[0, 1\], found nan in record 4"),
+    "infinity": ({"images": with_pixel(np.inf)}, r"in \[0, 1\], found inf in record 4"),
+    "minus infinity": ({"images": with_pixel(-np.inf)}, r"in \[0, 1\], found -inf in record 4"),
+    "above 1": ({"images": with_pixel(1.5, np.float64)}, r"in \[0, 1\], found 1.5 in record 4"),
+    "below 0": ({"images": with_pixel(-0.25)}, r"in \[0, 1\], found -0.25 in record 4"),
+    "16 bits": ({"images": IMAGES.astype(np.uint16)}, "uint8 in 0..255 or float32/float64"),
+    "half floats": ({"images": (IMAGES / 255).astype(np.float16)}, "uint8 in 0..255 or float32/float64"),
+    "text": ({"images": IMAGES.astype(str)}, "uint8 in 0..255 or float32/float64"),
+    "other size": ({"images": IMAGES[:, :3]}, "expected images of 1×4×5 .*, found 3×5"),
+    "flat": ({"images": IMAGES.reshape(6, -1)}, "expected images of 1×4×5 .*, found 20"),
+    "one label more": ({"labels": np.append(LABELS, 0)}, "found 6 images and 7 labels"),
+    "label beyond the classes": ({"labels": LABELS + 5}, "expected labels from 0 to 2, found 7"),
+    "negative label": ({"labels": LABELS.astype(int) - 1}, "expected labels from 0 to 2, found -1"),
+    "huge label": ({"labels": LABELS.astype(np.uint64) + 2**63}, "expected labels from 0 to 2, found 9223"),
+    "float labels": ({"labels": LABELS.astype(float)}, "labels as a list of integers, found float64"),
+    "boolean labels": ({"labels": LABELS > 0}, "labels as a list of integers, found bool"),
+    "labels in a column": ({"labels": LABELS[:, None]}, "labels as a list of integers"),
+    "no records": ({"images": IMAGES[:0], "labels": LABELS[:0]}, "at least one record, found none"),
+    "objects": ({"images": np.array([{"a": 1}] * 6)}, "expected images as a plain array .* store it without objects"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NPZ)
+def test_bad_npz_gives_one_message(tmp_path: Path, case: str) -> None:
+    arrays, message = BAD_NPZ[case]
+    with pytest.raises(DataInvalid, match=message):
+        read("npz", write_npz(tmp_path, **arrays))
+
+
+def zip_of(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os._exit, (42,)
+
+
+BAD_ARCHIVES = {
+    "no zip": (b"not a zip at all", "expected a .npz archive, found another format"),
+    "pickle": (pickle.dumps(Exploit()), "expected a .npz archive, found another format"),
+    "zip of a pickle": (zip_of(images=pickle.dumps(Exploit()), labels=b""), "found raw bytes"),
+    "zip of other files": (zip_of(readme=b"hello"), "arrays named images and labels, found readme"),
+    "empty zip": (zip_of(), "arrays named images and labels, found none"),
+    "huge header": (
+        zip_of(**{"images.npy": b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '|u1', 'fortran_order': False, "
+                  b"'shape': (9999999999999, 28, 28)}".ljust(117) + b"\n", "labels.npy": b""}),
+        "expected images as a plain array",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ARCHIVES)
+def test_what_is_no_archive_of_arrays_gives_one_message_and_runs_nothing(tmp_path: Path, case: str) -> None:
+    content, message = BAD_ARCHIVES[case]
+    (tmp_path / "records.npz").write_bytes(content)
+    with pytest.raises(DataInvalid, match=message):
+        read("npz", tmp_path / "records.npz")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_bytes_never_end_in_a_traceback(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    source_format = data.draw(st.sampled_from(["idx", "npz", "folder"]))
+    images, labels = write_idx(folder)
+    path = {"idx": images, "npz": write_npz(folder), "folder": write_folder(folder / "folder")}[source_format]
+    file = path / "class-1" / "2.png" if source_format == "folder" else path
+    content = bytearray(file.read_bytes())
+    for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[position] = data.draw(st.integers(0, 255))
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        records = read(source_format, path, labels if source_format == "idx" else None)
+    except FeddiffError as error:
+        assert "expected" in str(error) and "found" in str(error)
+    else:
+        assert records[:].shape == (6, HEIGHT * WIDTH)
+
+
+PICTURES: dict[str, tuple[Callable[[], Image.Image], str]] = {
+    "16 bits": (lambda: Image.fromarray(IMAGES[0].astype(np.uint16)), "mode I;16"),
+    "palette": (lambda: Image.fromarray(IMAGES[0]).convert("P"), "found mode P"),
+    "alpha": (lambda: Image.fromarray(IMAGES[0]).convert("LA"), "found mode LA"),
+    "black and white": (lambda: Image.fromarray(IMAGES[0]).convert("1"), "found mode 1"),
+    "colour": (lambda: Image.fromarray(IMAGES[0]).convert("RGB"), "expected mode L, .* found mode RGB"),
+    "other size": (lambda: Image.fromarray(IMAGES[0].T), "5 wide and 4 high, found mode L, 4 wide and 5 high"),
+}
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_a_picture_of_another_kind_is_named_and_refused(tmp_path: Path, case: str) -> None:
+    make, message = PICTURES[case]
+    make().save(write_folder(tmp_path) / "class-1" / "odd.png")
+    with pytest.raises(DataInvalid, match=rf"odd\.png: .*{message}"):
+        read("folder", tmp_path)
+
+
+def png_of_16_bit_colour() -> bytes:
+    """Pillow can read such a file (as 8 bits, without a word) but not write one."""
+    import struct
+    import zlib
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + bytes(6 * WIDTH) for _ in range(HEIGHT)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_colour_of_16_bits_is_not_cut_to_8_in_silence(tmp_path: Path) -> None:
+    write_folder(tmp_path, np.repeat(IMAGES[..., None], 3, axis=-1))
+    (tmp_path / "class-1" / "odd.png").write_bytes(png_of_16_bit_colour())
+    with pytest.raises(DataInvalid, match=r"odd\.png: .*found mode RGB from RGB;16B"):
+        read("folder", tmp_path, channels=3)
+
+
+def test_a_transparent_colour_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    Image.fromarray(IMAGES[0]).save(write_folder(tmp_path) / "class-1" / "odd.png", transparency=0)
+    with pytest.raises(DataInvalid, match=r"odd\.png: .*with transparency"):
+        read("folder", tmp_path)
+
+
+def test_a_corrupt_picture_is_named(tmp_path: Path) -> None:
+    file = write_folder(tmp_path) / "class-1" / "2.png"
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(DataInvalid, match=r"2\.png: expected an intact PNG or JPEG"):
+        read("folder", tmp_path)
+
+
+@pytest.mark.parametrize("limit", [HEIGHT * WIDTH // 3, HEIGHT * WIDTH - 1], ids=["error", "warning"])
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    write_folder(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(DataInvalid, match="decompression bomb"):
+        read("folder", tmp_path)
+
+
+def test_a_symbolic_link_is_refused_wherever_it_leads(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root")
+    Image.fromarray(IMAGES[0]).save(tmp_path / "outside.png")
+    for place, target in (
+        (root / "class-1" / "out.png", tmp_path / "outside.png"),
+        (root / "class-1" / "twice.png", root / "class-1" / "2.png"),
+        (root / "class-3", tmp_path),
+    ):
+        place.symlink_to(target)
+        with pytest.raises(DataInvalid, match=rf"{place.name}: .*symbolic link"):
+            read("folder", root)
+        place.unlink()
+    assert len(read("folder", root)) == 6
+
+
+def test_the_dataset_itself_may_stand_behind_a_link(tmp_path: Path) -> None:
+    write_folder(tmp_path / "root")
+    (tmp_path / "link").symlink_to(tmp_path / "root")
+    assert len(read("folder", tmp_path / "link")) == 6
+
+
+def test_other_files_among_the_pictures_are_refused_and_hidden_ones_are_not_records(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "class-1" / ".DS_Store").write_text("x")
+    assert len(read("folder", tmp_path)) == 6
+    (tmp_path / "class-1" / "notes.txt").write_text("x")
+    with pytest.raises(DataInvalid, match=r"notes\.txt: expected only PNG and JPEG"):
+        read("folder", tmp_path)
+
+
+def test_folders_and_classes_must_match(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    with pytest.raises(DataInvalid, match="expected folders a, b, c, found class-0, class-1, class-2"):
+        read("folder", tmp_path, class_names=("a", "b", "c"))
+    (tmp_path / "class-3").mkdir()
+    with pytest.raises(DataInvalid, match="expected 3 folders, one per class, found class-0"):
+        read("folder", tmp_path)
+
+
+def test_a_named_class_without_a_folder_is_empty_and_fails_its_declaration(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for file in (tmp_path / "class-1").iterdir():
+        file.unlink()
+    (tmp_path / "class-1").rmdir()
+    records = read("folder", tmp_path, class_names=("class-0", "class-1", "class-2"))
+    check_declared(records, (2, 0, 2))
+    with pytest.raises(DataInvalid, match="expected 2 records of class 1 as declared, found 0"):
+        check_declared(records, (2, 2, 2))
+
+
+def test_folders_without_pictures_are_no_records(tmp_path: Path) -> None:
+    for k in range(NUM_CLASSES):
+        (tmp_path / str(k)).mkdir()
+    with pytest.raises(DataInvalid, match="at least one record, found none"):
+        read("folder", tmp_path)
+
+
+def test_an_unknown_format_and_idx_without_labels_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataInvalid, match="expected idx, npz or folder, found 'tar'"):
+        read("tar", tmp_path)
+    with pytest.raises(DataInvalid, match="labelsPath"):
+        read("idx", write_idx(tmp_path)[0])

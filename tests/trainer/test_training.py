@@ -1,0 +1,470 @@
+"""The loop on a small network; run as a script, this file is one of two ranks (see two_ranks)."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from feddiff_protocol.errors import ConfigurationInvalid, DataInvalid, FeddiffError, Interrupted, SpecInvalid
+from feddiff_trainer import training
+from feddiff_trainer.checkpoints import CheckpointFolder
+from feddiff_trainer.training import BatchLoss, Progress, World, distributed, train
+
+ALONE = World(0, 1, torch.device("cpu"))
+BATCH, NUM_STEPS = 16, 20
+# Two ranks against one, float32, relative to the norm of all weights, after 20 steps. Measured: 4e-8; the mutants 0.1.
+TOLERANCE = 1e-5
+WEIGHTS = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class SmallDenoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.arange(4.0), persistent=False)
+        self.embed = nn.Linear(4, 32)
+        self.first, self.second = nn.Linear(10, 32), nn.Linear(32, 10)
+
+    def forward(self, y_BD: Tensor, sigma_B: Tensor) -> Tensor:
+        embedded = self.embed((sigma_B.log()[:, None] * self.frequencies).cos())
+        return self.second(torch.tanh(self.first(y_BD) + embedded))
+
+
+def small_denoiser() -> SmallDenoiser:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return SmallDenoiser()
+
+
+def records() -> Tensor:
+    return torch.randn(50, 10, generator=torch.Generator().manual_seed(3))
+
+
+def denoising(model: nn.Module, generator: torch.Generator, batch: int, mine: slice) -> Tensor:
+    x_BD = records()[torch.randint(50, (batch,), generator=generator)]
+    sigma_B = torch.randn(batch, generator=generator).exp()
+    noise_BD = torch.randn(batch, 10, generator=generator)
+    estimate_BD = model((x_BD + sigma_B[:, None] * noise_BD)[mine], sigma_B[mine])
+    return (estimate_BD - x_BD[mine]).square().mean()
+
+
+def run(loss: BatchLoss = denoising, world: World = ALONE, **changes: Any) -> nn.Module:
+    arguments: dict[str, Any] = {
+        "num_images": BATCH * NUM_STEPS,
+        "batch": BATCH,
+        "learning_rate": 0.01,
+        "ema_width": 0.1,
+        "seed": 11,
+        "on_progress": lambda progress: None,
+    }
+    return train(small_denoiser(), loss, world=world, **{**arguments, **changes})
+
+
+def at_call(number: int, act: Callable[[], None]) -> BatchLoss:
+    """The loss that acts at the given call, counted from 0, before it is computed."""
+    calls = iter(range(sys.maxsize))
+
+    def loss(model: nn.Module, generator: torch.Generator, batch: int, mine: slice) -> Tensor:
+        if next(calls) == number:
+            act()
+        return denoising(model, generator, batch, mine)
+
+    return loss
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def weights(model: nn.Module) -> WEIGHTS:
+    return dict(model.state_dict())
+
+
+def distance(found: WEIGHTS, expected: WEIGHTS) -> float:
+    """‖found - expected‖/‖expected‖ over all weights together."""
+    gap = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
+    return float(gap.norm() / torch.cat([tensor.flatten() for tensor in expected.values()]).norm())
+
+
+def same_bits(found: WEIGHTS, expected: WEIGHTS) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# -- one rank against the textbook ------------------------------------------------------------------------------
+
+
+def test_loop_is_adam_and_a_power_function_average() -> None:
+    model, average, gamma = small_denoiser(), small_denoiser(), training.ema_exponent(0.1)
+    adam = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), foreach=False, fused=False)
+    for step in range(NUM_STEPS):
+        generator = torch.Generator().manual_seed(training.step_seed(11, step))
+        adam.param_groups[0]["lr"] = 0.01 * training.schedule(step, NUM_STEPS)
+        adam.zero_grad()
+        denoising(model, generator, BATCH, slice(0, BATCH)).backward()
+        adam.step()
+        beta = (1 - 1 / (step + 1)) ** (gamma + 1)
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+                mean.copy_(beta * mean + (1 - beta) * weight)
+    assert distance(weights(run()), weights(average)) < 1e-6
+
+
+def test_training_lowers_the_loss() -> None:
+    seen: list[Progress] = []
+    ticking = iter(range(10**6))
+    run(num_images=BATCH * 300, on_progress=seen.append, clock=lambda: float(next(ticking)))
+    assert seen[-1].loss < 0.8 * seen[0].loss
+
+
+@pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+def test_ema_exponent_reproduces_the_published_pairs(width: float, gamma: float) -> None:
+    assert training.ema_exponent(width) == pytest.approx(gamma, abs=0.005)
+
+
+def test_ema_weights_have_the_asked_width() -> None:
+    share = [1.0]
+    for step in range(2, 2001):
+        newest = training.ema_weight(step, training.ema_exponent(0.1))
+        share = [(1 - newest) * old for old in share] + [newest]
+    when = [step / 2000 for step in range(1, 2001)]
+    mean = math.fsum(w * t for w, t in zip(share, when, strict=True))
+    variance = math.fsum(w * (t - mean) ** 2 for w, t in zip(share, when, strict=True))
+    assert math.fsum(share) == pytest.approx(1)
+    assert math.sqrt(variance) == pytest.approx(0.1, rel=0.01)
+
+
+@pytest.mark.parametrize("width", [0.0, 0.3, math.nan])
+def test_impossible_ema_width_is_refused(width: float) -> None:
+    with pytest.raises(SpecInvalid, match="ema_width: expected between 0 and"):
+        run(ema_width=width)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 40, 100_000])
+def test_schedule_rises_to_one_and_falls_towards_zero(num_steps: int) -> None:
+    shares = [training.schedule(step, num_steps) for step in range(num_steps)]
+    peak = shares.index(max(shares))
+    assert all(0 < share <= 1 for share in shares) and max(shares) > 0.99
+    assert shares[: peak + 1] == sorted(shares[: peak + 1]) and shares[peak:] == sorted(shares[peak:], reverse=True)
+    assert peak <= 0.05 * num_steps + 1 and (num_steps < 40 or shares[-1] < 0.01)
+
+
+def test_steps_and_seeds_do_not_share_their_draws() -> None:
+    used = {training.step_seed(seed, step) % 2**32 for seed in range(20) for step in range(20)}
+    assert len(used) == 400
+
+
+def test_last_batch_is_whole_and_images_are_counted() -> None:
+    seen: list[Progress] = []
+    calls = iter(range(100))
+    run(at_call(-1, terminate), num_images=BATCH * 2 + 1, on_progress=seen.append, clock=lambda: next(calls) / 1e3)
+    assert (seen[-1].images, seen[-1].num_images) == (33, 33)
+    assert seen[-1].images_per_second > 0 and math.isfinite(seen[-1].loss)
+
+
+def test_returned_average_is_ready_for_sampling() -> None:
+    average = run(num_images=1)
+    assert isinstance(average, SmallDenoiser) and not average.training
+    assert not any(weight.requires_grad for weight in average.parameters())
+
+
+# -- stop and go on ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> WEIGHTS:
+    torch.set_num_threads(1)
+    return weights(run())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("call", [0, 7, NUM_STEPS - 1])
+def test_run_stopped_by_a_signal_resumes_bit_for_bit(
+    tmp_path: Path, uninterrupted: WEIGHTS, call: int, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=f"after {BATCH * (call + 1)} of 320 images") as stopped:
+        run(at_call(call, lambda: os.kill(os.getpid(), number)), checkpoints=CheckpointFolder(tmp_path))
+    assert stopped.value.exit_code == 75
+    assert signal.getsignal(number) is before
+    assert same_bits(weights(run(checkpoints=CheckpointFolder(tmp_path))), uninterrupted)
+
+
+def test_run_killed_between_checkpoints_resumes_bit_for_bit(tmp_path: Path, uninterrupted: WEIGHTS) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    now = [0.0]
+
+    def minute_per_step(model: nn.Module, generator: torch.Generator, batch: int, mine: slice) -> Tensor:
+        now[0] += 60
+        return killing(model, generator, batch, mine)
+
+    killing = at_call(11, kill)
+    folder = CheckpointFolder(tmp_path)
+    with pytest.raises(Killed):
+        run(minute_per_step, checkpoints=folder, checkpoint_seconds=240, clock=lambda: now[0])
+    assert [int(path.name[:12]) for path in sorted(tmp_path.iterdir())] == [4, 8]
+    assert same_bits(weights(run(checkpoints=folder)), uninterrupted)
+
+
+def test_resume_without_the_optimizer_or_with_new_draws_would_show(tmp_path: Path, uninterrupted: WEIGHTS) -> None:
+    folder = CheckpointFolder(tmp_path)
+    with pytest.raises(Interrupted):
+        run(at_call(9, terminate), checkpoints=folder)
+    saved = folder.newest()
+    assert saved is not None
+    forgetful = {name: tensor * (not name.startswith("adam.")) for name, tensor in saved.tensors.items()}
+    CheckpointFolder(tmp_path / "forgetful").save(replace(saved, tensors=forgetful))
+    reseeded = CheckpointFolder(tmp_path / "reseeded")
+    reseeded.save(replace(saved, settings={**saved.settings, "seed": "12"}))
+    assert not same_bits(weights(run(checkpoints=CheckpointFolder(tmp_path / "forgetful"))), uninterrupted)
+    assert not same_bits(weights(run(checkpoints=reseeded, seed=12)), uninterrupted)
+
+
+def test_finished_run_trains_no_further(tmp_path: Path, uninterrupted: WEIGHTS) -> None:
+    run(checkpoints=CheckpointFolder(tmp_path))
+
+    def never(*_: object) -> Tensor:
+        raise AssertionError("a finished run takes no step")
+
+    assert same_bits(weights(run(never, checkpoints=CheckpointFolder(tmp_path))), uninterrupted)
+
+
+def test_signal_after_the_last_step_is_not_lost(tmp_path: Path, uninterrupted: WEIGHTS) -> None:
+    def late(progress: Progress) -> None:
+        if progress.images == progress.num_images:
+            terminate()
+
+    with pytest.raises(Interrupted):
+        run(on_progress=late, checkpoints=CheckpointFolder(tmp_path))
+    assert same_bits(weights(run(checkpoints=CheckpointFolder(tmp_path))), uninterrupted)
+
+
+def test_stop_without_checkpoints_says_that_nothing_is_kept() -> None:
+    with pytest.raises(Interrupted, match="nothing is kept"):
+        run(at_call(0, terminate))
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run(checkpoints=CheckpointFolder(tmp_path))
+    with pytest.raises(SpecInvalid, match=r"expected batch = 8, found 16 \(1 differ\); it belongs to another run"):
+        run(checkpoints=CheckpointFolder(tmp_path), batch=8)
+    with pytest.raises(SpecInvalid, match=r"expected adam.mean.0.bias = torch.float32 \(2,\), found None"):
+        other = nn.Sequential(nn.Linear(2, 2))
+        arguments = {"num_images": 320, "batch": 16, "learning_rate": 0.01, "ema_width": 0.1, "seed": 11}
+        folder = CheckpointFolder(tmp_path)
+        train(other, denoising, world=ALONE, on_progress=lambda _: None, checkpoints=folder, **arguments)
+
+
+def test_loss_that_is_not_finite_stops_before_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(DataInvalid, match="images 0 to 320: expected a finite loss, found nan") as stopped:
+        run(nan_at(5), checkpoints=CheckpointFolder(tmp_path), clock=lambda: 0.0)
+    assert stopped.value.exit_code == 65
+    assert CheckpointFolder(tmp_path).newest() is None
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    def finite_with_infinite_gradient(model: nn.Module, *_: object) -> Tensor:
+        return sum((0 * weight).sum() for weight in model.parameters()).sqrt()
+
+    with pytest.raises(DataInvalid, match="step 1: expected finite weights"):
+        run(finite_with_infinite_gradient, num_images=1, checkpoints=CheckpointFolder(tmp_path))
+    assert CheckpointFolder(tmp_path).newest() is None
+
+
+def nan_at(number: int) -> BatchLoss:
+    calls = iter(range(sys.maxsize))
+    return lambda *arguments: denoising(*arguments) * (math.nan if next(calls) == number else 1.0)
+
+
+# -- two ranks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_slices_of_all_ranks_are_the_batch(world_size: int) -> None:
+    images = list(range(24))
+    slices = [training.rank_slice(24, replace(ALONE, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert [image for mine in slices for image in images[mine]] == images
+
+
+@pytest.mark.parametrize("batch", [0, 15])
+def test_batch_that_ranks_cannot_share_is_refused(batch: int) -> None:
+    with pytest.raises(SpecInvalid, match=f"positive multiple of the number of processes, 2, found {batch}"):
+        run(world=replace(ALONE, world_size=2), batch=batch)
+
+
+def test_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationInvalid, match="found no RANK, MASTER_ADDR, MASTER_PORT"), distributed():
+        pass
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with distributed(threads=1) as world:
+        assert (world.rank, world.world_size) == (0, 1)
+        assert torch.get_num_threads() == 1 and not dist.is_initialized()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What the two ranks left behind: weights and outcomes by story, one of each per rank."""
+
+    folder: Path
+    exit_codes: list[int]
+    log: list[str]
+
+    def weights(self, story: str) -> list[WEIGHTS]:
+        return [load_file(self.folder / f"{story}-{rank}.safetensors") for rank in range(2)]
+
+    def outcome(self, story: str) -> list[str]:
+        return [json.loads((self.folder / f"{story}-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Two processes run all stories once, starting torch being what takes long; warnings are errors there too."""
+    folder = tmp_path_factory.mktemp("ranks")
+    # As torchrun does it: the parent keeps the store, so no port can be taken by somebody else in between.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", __file__, str(folder)]
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    try:
+        log = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return Ranks(folder, [rank.returncode for rank in ranks], log)
+
+
+def test_two_ranks_equal_one(two_ranks: Ranks, uninterrupted: WEIGHTS) -> None:
+    first, second = two_ranks.weights("honest")
+    assert same_bits(first, second)
+    assert distance(first, uninterrupted) < TOLERANCE
+
+
+@pytest.mark.parametrize("mutant", ["own randomness", "gradients not averaged", "same slice"])
+def test_ranks_that_do_not_share_the_work_exceed_the_tolerance(
+    two_ranks: Ranks, uninterrupted: WEIGHTS, mutant: str
+) -> None:
+    assert distance(two_ranks.weights(mutant)[0], uninterrupted) > 100 * TOLERANCE
+
+
+def test_signal_to_one_rank_stops_both_and_both_resume_bit_for_bit(two_ranks: Ranks) -> None:
+    stopped = two_ranks.outcome("stopped")
+    assert (
+        stopped
+        == ["Interrupted 75: stopped on request after 128 of 320 images; all of it is kept, run again to go on"] * 2
+    )
+    assert list((two_ranks.folder / "checkpoints-1").iterdir()) == [], "rank 0 alone writes"
+    expected = two_ranks.weights("honest")[0]
+    assert all(same_bits(found, expected) for found in two_ranks.weights("resumed"))
+
+
+def test_loss_that_is_not_finite_on_one_rank_stops_both(two_ranks: Ranks) -> None:
+    outcome = two_ranks.outcome("not finite")
+    assert all(line.startswith("DataInvalid 65: images 0 to 320: expected a finite loss") for line in outcome)
+
+
+def test_only_the_first_rank_reports_progress_and_its_loss_is_the_mean(two_ranks: Ranks) -> None:
+    first, second = two_ranks.outcome("progress")
+    seen: list[float] = []
+    run(on_progress=lambda progress: seen.append(progress.loss), clock=lambda: 0.0)
+    assert first == pytest.approx(seen, rel=1e-5) and second == []
+
+
+def test_lost_rank_ends_the_other_with_an_error_to_try_again(two_ranks: Ranks) -> None:
+    assert two_ranks.exit_codes == [74, 3], two_ranks.log
+    assert "rank 0: expected 2 ranks, found one gone" in two_ranks.log[0]
+    assert "Warning" not in "".join(two_ranks.log)
+
+
+def be_a_rank(folder: Path) -> None:
+    """All stories of one rank; the last one ends with rank 1 leaving in the middle of training."""
+    with distributed(threads=1, timeout_seconds=120) as world:
+        seen: list[float] = []
+        honest = run(world=world, on_progress=lambda progress: seen.append(progress.loss), clock=lambda: 0.0)
+        leave_weights(folder, "honest", world, honest)
+        leave_outcome(folder, "progress", world, seen)
+        tell_mutants(folder, world)
+        checkpoints = CheckpointFolder(folder / f"checkpoints-{world.rank}")
+        checkpoints.path.mkdir()
+        stopping = at_call(7, terminate) if world.rank == 1 else denoising
+        tell(folder, "stopped", world, lambda: run(stopping, world, checkpoints=checkpoints))
+        leave_weights(folder, "resumed", world, run(world=world, checkpoints=checkpoints))
+        tell(
+            folder,
+            "not finite",
+            world,
+            lambda: run(nan_at(5) if world.rank == 1 else denoising, world, clock=lambda: 0.0),
+        )
+        run(at_call(5, lambda: sys.exit(3)) if world.rank == 1 else denoising, world)
+
+
+def tell_mutants(folder: Path, world: World) -> None:
+    def own_randomness(model: nn.Module, generator: torch.Generator, batch: int, mine: slice) -> Tensor:
+        return denoising(model, generator.manual_seed(generator.initial_seed() % 2**32 + world.rank), batch, mine)
+
+    def same_slice(model: nn.Module, generator: torch.Generator, batch: int, mine: slice) -> Tensor:
+        return denoising(model, generator, batch, slice(0, batch // 2))
+
+    leave_weights(folder, "own randomness", world, run(own_randomness, world))
+    leave_weights(folder, "same slice", world, run(same_slice, world))
+    averaged, training.DistributedDataParallel = training.DistributedDataParallel, lambda model, **_: model
+    leave_weights(folder, "gradients not averaged", world, run(world=world))
+    training.DistributedDataParallel = averaged
+
+
+def leave_weights(folder: Path, story: str, world: World, model: nn.Module) -> None:
+    save_file(weights(model), folder / f"{story}-{world.rank}.safetensors")
+
+
+def leave_outcome(folder: Path, story: str, world: World, outcome: object) -> None:
+    (folder / f"{story}-{world.rank}.json").write_text(json.dumps(outcome))
+
+
+def tell(folder: Path, story: str, world: World, act: Callable[[], object]) -> None:
+    try:
+        act()
+        leave_outcome(folder, story, world, "no error")
+    except FeddiffError as error:
+        leave_outcome(folder, story, world, f"{type(error).__name__} {error.exit_code}: {error}")
+
+
+if __name__ == "__main__":
+    try:
+        be_a_rank(Path(sys.argv[1]))
+    except FeddiffError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

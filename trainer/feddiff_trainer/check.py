@@ -1,0 +1,145 @@
+"""What a data owner should know about its records before it offers them: `python -m feddiff_trainer.check SPEC.json`.
+
+The answer, one JSON object on stdout, is computed from the records without noise: it is private to their owner.
+
+Shapes: N records, D values of one image, K classes.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feddiff_protocol.api import ClassesSpec, ImageSpec, Mechanism, PrivacySpec, SourceSpec, Wire, parse
+from feddiff_protocol.errors import FeddiffError, InputMissing
+
+from .records import Records, read_records
+from .shards import layouts
+
+ROWS = 1024  # records at a time
+QUANTILES = {"min": 0.0, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "99 %": 0.99, "max": 1.0}
+FEW_RECORDS = 20  # classes of fewer are centred by the public constant
+
+
+class CheckSpec(Wire):
+    """A dataset's description, and the promise whose clip norms should be tried."""
+
+    source: SourceSpec
+    image: ImageSpec
+    classes: ClassesSpec
+    privacy: PrivacySpec | None = None
+
+
+def check(spec: CheckSpec) -> dict[str, Any]:
+    """Records per class against the declaration, pixel range, norms, and what a job's clip norms would touch.
+
+    Raises DataInvalid or InputMissing when the records cannot be read as described.
+    """
+    records = _read(spec)
+    found_K = np.bincount(records.labels_N, minlength=spec.classes.count)
+    norms_N = _norms(records)
+    answer: dict[str, Any] = {
+        "records": len(records),
+        "classes": [
+            {"class": k, "declared": declared, "found": int(found_K[k])}
+            for k, declared in enumerate(spec.classes.records)
+        ],
+        "pixelRange": _pixel_range(records),
+        "normQuantiles": {name: float(np.quantile(norms_N, share)) for name, share in QUANTILES.items()},
+        "clips": [],
+    }
+    if spec.privacy is not None:
+        answer |= {"clips": _clips(records, norms_N, spec.privacy), "released": _released(spec, spec.privacy)}
+    return answer
+
+
+def _read(spec: CheckSpec) -> Records:
+    source = spec.source
+    return read_records(
+        source.format.value,
+        Path(source.path),
+        labels_path=Path(source.labels_path) if source.labels_path else None,
+        channels=spec.image.channels,
+        height=spec.image.height,
+        width=spec.image.width,
+        num_classes=spec.classes.count,
+        class_names=spec.classes.names,
+    )
+
+
+def _batches(records: Records) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Rows and their pixels_ND in [0, 1]."""
+    for start in range(0, len(records), ROWS):
+        rows = slice(start, min(start + ROWS, len(records)))
+        yield rows, records[rows]
+
+
+def _norms(records: Records) -> NDArray[np.float64]:
+    return np.concatenate([np.linalg.norm(pixels_ND, axis=1) for _, pixels_ND in _batches(records)])
+
+
+def _pixel_range(records: Records) -> list[float]:
+    lows_highs = [(float(pixels_ND.min()), float(pixels_ND.max())) for _, pixels_ND in _batches(records)]
+    return [min(low for low, _ in lows_highs), max(high for _, high in lows_highs)]
+
+
+def _clips(records: Records, norms_N: NDArray[np.float64], privacy: PrivacySpec) -> list[dict[str, Any]]:
+    """How many images each of the job's clip norms would scale down."""
+    clipped_N = norms_N
+    if not privacy.clips_non_negative_pixels:
+        clipped_N = np.concatenate([np.linalg.norm(2 * pixels_ND - 1, axis=1) for _, pixels_ND in _batches(records)])
+    clips = [_clip("clipNorm", str(privacy.clip_norm), clipped_N)]
+    if privacy.moment_clip_norm is not None:
+        centre = float(privacy.centre_or_default)
+        clips.append(_clip("momentClipNorm", str(privacy.moment_clip_norm), _centred_norms(records, centre)))
+    return clips
+
+
+def _clip(field: str, norm: str, norms_N: NDArray[np.float64]) -> dict[str, Any]:
+    return {"field": field, "norm": norm, "touched": int((norms_N > float(norm)).sum())}
+
+
+def _centred_norms(records: Records, centre: float) -> NDArray[np.float64]:
+    """Norms of images minus their class's mean; without the noise that the release's own mean carries."""
+    num_classes = int(records.labels_N.max()) + 1
+    counts_K = np.bincount(records.labels_N, minlength=num_classes)
+    sums_KD = np.zeros((num_classes, records[:1].shape[1]))
+    for rows, pixels_ND in _batches(records):
+        np.add.at(sums_KD, records.labels_N[rows], pixels_ND)
+    means_KD = sums_KD / np.maximum(counts_K, 1)[:, None]
+    means_KD[counts_K < FEW_RECORDS] = centre
+    norms = [np.linalg.norm(x_ND - means_KD[records.labels_N[rows]], axis=1) for rows, x_ND in _batches(records)]
+    return np.concatenate(norms)
+
+
+def _released(spec: CheckSpec, privacy: PrivacySpec) -> dict[str, Any]:
+    """Shapes and bytes of a release, from public facts alone. Shards of one release are shown as one."""
+    shards = layouts(privacy.mechanism, spec.image, spec.classes.records)
+    names = shards[0].tensors
+    rows = {name: sum(shard.tensors[name][1][0] for shard in shards) for name in names}
+    keep_rows = privacy.mechanism is Mechanism.SUMMARY
+    tensors = {name: list(shape) if keep_rows else [rows[name], *shape[1:]] for name, (_, shape) in names.items()}
+    return {"tensors": tensors, "bytes": sum(shard.values_bytes for shard in shards)}
+
+
+def main() -> int:
+    """The exit code; a mistake of the user is one line on stderr."""
+    try:
+        path = Path(sys.argv[1])
+        try:
+            document = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputMissing(f"{path}: expected a JSON spec that can be read, found: {error}") from None
+        print(json.dumps(check(parse(CheckSpec, document, str(path)))))
+        return 0
+    except FeddiffError as error:
+        print(f"feddiff: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""The stage `evaluate`: how good each arm's images are, and the owner report that shows them beside real ones.
+
+Both depend on the owner's records and go to the owner's store alone.
+
+Shapes: N images, C channels, H height, W width, K classes, D = C·H·W.
+"""
+
+import base64
+import sys
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import ValidationError
+
+from feddiff_protocol import layout
+from feddiff_protocol.api import ClassesSpec
+from feddiff_protocol.errors import DataInvalid
+from feddiff_protocol.promise import Promise, promise_of
+from feddiff_protocol.stages import EvaluateSpec
+
+from .classifier import train_classifier
+from .evaluation import ARMS, MEASURES, REAL, ArmQuality, Evaluation, Measured, PictureRow, Values
+from .metrics import ImageSet, Measures, Quality, measure_quality, minority_classes
+from .owner_page import Gallery, OwnerReport, owner_page
+from .pictures import LabelledImages, Pixels, grid, read_samples, to_pixels
+from .pooling import CENTRED_FROM, OwnerSummary, project_keeping_trace, unpacked
+from .records import Records, digest_records, read_holdout, read_source
+from .released import GaussianRelease, read_release
+from .report import class_name
+from .stage import report_progress, run_stage
+from .stores import Store, open_store
+
+SEED = 0  # of the classifier and of draws for pictures: nothing is protected by it
+MEASURES_BY_KEY = {measure.key: measure for measure in MEASURES}
+COPIES = ("copies_half", "copies_third")  # of real training records, all would be
+PICTURED = 8  # images per class and column
+EARLIER_JOBS = 12  # the newest ones that are shown beside this one
+LARGEST_DRAWN = 1024  # values of an image up to which a covariance is decomposed for a picture
+
+
+def body(spec: EvaluateSpec) -> dict[str, str]:
+    """evaluation.json and the owner report are in the owner's store; nothing about them is public."""
+    owner_store, federation_store = open_store(spec.owner_store), open_store(spec.federation_store)
+    promise = promise_of(spec.privacy, spec.diffusion)
+    records = read_source(spec.source, spec.image, spec.classes)
+    key = layout.samples(spec.job.uid, spec.client)
+    samples = read_samples(owner_store.get(key), key, ARMS, spec.image, spec.classes.count)
+    release = own_release(federation_store, spec)
+    evaluation = evaluate(spec, promise, records, samples)
+    report = OwnerReport(
+        spec=spec,
+        promise=promise,
+        evaluation=evaluation,
+        others=other_evaluations(owner_store, evaluation),
+        minority=minority_of(spec),
+        gallery=gallery_of(spec, records, samples, release),
+    )
+    owner_store.put(layout.owner_report(spec.job.uid, spec.client), owner_page(report))
+    owner_store.put(layout.evaluation(spec.job.uid, spec.client), evaluation.model_dump_json(by_alias=True).encode())
+    return {}
+
+
+def evaluate(spec: EvaluateSpec, promise: Promise, records: Records, samples: LabelledImages) -> Evaluation:
+    """The figures of every arm, or none where the dataset names no hold-out."""
+    holdout = read_holdout(spec.source, spec.image, spec.classes)
+    measured, arms = (None, {}) if holdout is None else measure(spec, records, samples, holdout)
+    both = [samples.images["both"][samples.labels_N == label][:1] for label in range(spec.classes.count)]
+    row = grid(np.concatenate(both), spec.classes.count)
+    return Evaluation(
+        job=spec.job,
+        client=spec.client,
+        records_sha256=digest_records(records),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        mechanism=spec.privacy.mechanism,
+        epsilon=spec.privacy.epsilon,
+        delta=spec.privacy.delta,
+        mu_squared=promise.charge.mu_squared,
+        split_step=promise.split_step,
+        split_sigma=promise.split_sigma,
+        timeline=spec.diffusion.timeline.value if spec.diffusion.timeline else None,
+        measured=measured,
+        arms=arms,
+        picture=PictureRow(png_base64=base64.b64encode(row.png).decode(), width=row.width, height=row.height),
+    )
+
+
+def own_release(store: Store, spec: EvaluateSpec) -> GaussianRelease | OwnerSummary:
+    """What everybody else saw of this owner. Raises DataInvalid if its release is not among those that count."""
+    for reference in spec.releases:
+        if reference.client == spec.client:
+            return read_release(
+                store,
+                spec.job.uid,
+                reference,
+                image=spec.image,
+                num_classes=spec.classes.count,
+                privacy=spec.privacy,
+                diffusion=spec.diffusion,
+            )
+    raise DataInvalid(f"releases: expected one of client {spec.client}, found none; evaluate only clients that count")
+
+
+def other_evaluations(store: Store, this: Evaluation) -> list[Evaluation]:
+    """Evaluations of the same records under other jobs, oldest first; at most EARLIER_JOBS, the newest ones.
+
+    One that cannot be read (another version's, or damaged) is left out: it belongs to that job, not to this page.
+    """
+    found = []
+    for key in store.list("jobs/"):
+        if not key.endswith("/evaluation.json"):
+            continue
+        try:
+            other = Evaluation.model_validate_json(store.get(key))
+        except ValidationError:
+            continue
+        if other.records_sha256 == this.records_sha256 and other.job.uid != this.job.uid:
+            found.append(other)
+    return sorted(found, key=lambda other: other.finished_at)[-EARLIER_JOBS:]
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------
+
+
+def minority_of(spec: EvaluateSpec) -> list[int]:
+    """Classes of which this owner declares few records."""
+    return sorted(minority_classes(spec.classes.records))
+
+
+def measure(
+    spec: EvaluateSpec, records: Records, samples: LabelledImages, holdout: Records
+) -> tuple[Measured, dict[str, ArmQuality]]:
+    """Every arm, and the owner's own records, against the held-out ones: by one classifier, trained on those.
+
+    One classifier for all keeps arms comparable. It knows the held-out images, which makes all distances to them a
+    little larger than they are for images that it never saw, for every arm alike.
+    """
+    held_out, own = image_set(holdout, spec), image_set(records, spec)
+    classifier = train_classifier(held_out.images_NCHW, held_out.labels_N, spec.classes.count, SEED)
+    minority = frozenset(minority_of(spec))
+    sets = {arm: ImageSet(to_model_units(samples.images[arm]), samples.labels_N) for arm in ARMS} | {REAL: own}
+    arms, quality = {}, None
+    for arm, images in sets.items():
+        quality = measure_quality(
+            images.images_NCHW,
+            images.labels_N,
+            held_out.images_NCHW,
+            held_out.labels_N,
+            own.images_NCHW,
+            own.labels_N,
+            feature_classifier=classifier,
+            majority=frozenset(range(spec.classes.count)) - minority,
+            minority=minority,
+            seed=SEED,
+        )
+        arms[arm] = arm_quality(quality, spec.classes, left_out=COPIES if arm == REAL else ())
+        report_progress(len(arms), len(sets), "arms")
+    assert quality is not None
+    measured = Measured(
+        num_samples=len(samples.labels_N),
+        num_train=len(records),
+        num_holdout=len(holdout),
+        nearest_neighbours=quality.nearest_neighbours,
+        seed=SEED,
+        extractor=f"{quality.feature_space}, trained on the held-out records",
+    )
+    return measured, arms
+
+
+def image_set(records: Records, spec: EvaluateSpec) -> ImageSet:
+    """Records as images in [-1, 1] units."""
+    shape_CHW = (spec.image.channels, spec.image.height, spec.image.width)
+    return ImageSet((2 * records[:] - 1).astype(np.float32).reshape(-1, *shape_CHW), records.labels_N)
+
+
+def to_model_units(pixels_NCHW: Pixels) -> npt.NDArray[np.float32]:
+    """uint8 pixels as values in [-1, 1]."""
+    return (pixels_NCHW / 127.5 - 1).astype(np.float32)
+
+
+def arm_quality(quality: Quality, classes: ClassesSpec, left_out: Collection[str]) -> ArmQuality:
+    """The figures that the report shows, without the measures `left_out`."""
+    groups: dict[str, Quality | Measures] = {"pooled": quality, "all": quality.overall}
+    groups |= {"majority": quality.majority, "minority": quality.minority}
+    shown = {name: _values_of(measures, left_out) for name, measures in groups.items()}
+    per_class = tuple(_values_of(one, left_out) for one in quality.classes)
+    return ArmQuality(groups=shown, per_class=per_class, missing=_missing(quality, classes, left_out))
+
+
+def _missing(quality: Quality, classes: ClassesSpec, left_out: Collection[str]) -> tuple[str, ...]:
+    """Every reason for a missing figure of a class, once, with the classes it holds for."""
+    classes_of: dict[tuple[str, str], list[str]] = {}
+    for one in quality.classes:
+        for key, reason in one.missing.items():
+            if key not in left_out:
+                classes_of.setdefault((MEASURES_BY_KEY[key].title, reason), []).append(class_name(classes, one.label))
+    return tuple(f"{title} {reason} ({', '.join(labels)})" for (title, reason), labels in classes_of.items())
+
+
+def _values_of(measures: Quality | Measures, left_out: Collection[str]) -> Values:
+    """By measure, those that there are for such a set of images."""
+    return {key: getattr(measures, key) for key in MEASURES_BY_KEY if hasattr(measures, key) and key not in left_out}
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------
+
+
+def gallery_of(
+    spec: EvaluateSpec, records: Records, samples: LabelledImages, release: GaussianRelease | OwnerSummary
+) -> Gallery:
+    """The first images of every class and column."""
+    shape_CHW = (spec.image.channels, spec.image.height, spec.image.width)
+    labels = range(spec.classes.count)
+    released, note = released_pictures(release, shape_CHW, spec.classes.count)
+    columns: dict[str, Sequence[Pixels]] = {
+        "real": [_first_real(records, label, shape_CHW) for label in labels],
+        "released": released,
+    }
+    for arm in ("shared", "personal", "both"):
+        columns[arm] = [samples.images[arm][samples.labels_N == label][:PICTURED] for label in labels]
+    return Gallery(columns, note)
+
+
+def _first_real(records: Records, label: int, shape_CHW: tuple[int, int, int]) -> Pixels:
+    rows = np.flatnonzero(records.labels_N == label)[:PICTURED]
+    return to_pixels(records[rows]).reshape(-1, *shape_CHW)
+
+
+def released_pictures(
+    release: GaussianRelease | OwnerSummary, shape_CHW: tuple[int, int, int], num_classes: int
+) -> tuple[list[Pixels], str]:
+    """What the server saw of each class as pictures, and a sentence that says what they are."""
+    if isinstance(release, GaussianRelease):
+        labels_N = release.labels_N.numpy()
+        images_NCHW = (release.images_NCHW.numpy() + 1) / 2
+        pictures = [to_pixels(images_NCHW[labels_N == label][:PICTURED]) for label in range(num_classes)]
+        return pictures, (
+            "“Released” is what everybody else saw: your images with their noise, not in the order of your records. "
+            f"The noise has σ = {release.split_sigma:.3g} where black to white is 2; what lies beyond black or white "
+            "is cut off for display."
+        )
+    generator = torch.Generator().manual_seed(SEED)
+    pictures = [_summary_pictures(release, label, shape_CHW, generator) for label in range(len(release.counts_K))]
+    return pictures, (
+        "“Released” is what everybody else saw: the first picture of a class is its noisy mean, the others are draws "
+        "from the noisy Gaussian that your release alone describes, cut off at black and white. None of them is one of "
+        "your images."
+    )
+
+
+def _summary_pictures(
+    release: OwnerSummary, label: int, shape_CHW: tuple[int, int, int], generator: torch.Generator
+) -> Pixels:
+    """The noisy mean of one class, then draws from N(S1/n, Σ) with Σ what S2/n leaves of it; none without records."""
+    count = float(release.counts_K[label])
+    if count == 0:
+        return np.empty((0, *shape_CHW), np.uint8)
+    mean_D = release.mean_sums_KD[label] / count
+    drawn_ND = mean_D[None]
+    if len(mean_D) <= LARGEST_DRAWN:
+        covariance_DD = project_keeping_trace(noisy_covariance(release, label), floor=1e-6 * len(mean_D))
+        values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
+        noise_ND = torch.randn(PICTURED - 1, len(mean_D), dtype=torch.float64, generator=generator)
+        draws_ND = mean_D + (noise_ND * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
+        drawn_ND = torch.cat([drawn_ND, draws_ND])
+    return to_pixels(drawn_ND.numpy()).reshape(-1, *shape_CHW)
+
+
+def noisy_covariance(release: OwnerSummary, label: int) -> torch.Tensor:
+    """S2/n, less the offset of the noisy mean from the centre that the moment is about; as noisy as it was released."""
+    count = float(release.counts_K[label])
+    mean_D = release.mean_sums_KD[label] / count
+    centre_D = mean_D.clamp(0, 1) if count >= CENTRED_FROM else torch.full_like(mean_D, release.centre)
+    offset_D = mean_D - centre_D
+    return unpacked(release.moment_sums_KM[label] / count, len(mean_D)) - torch.outer(offset_D, offset_D)
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(EvaluateSpec, body))

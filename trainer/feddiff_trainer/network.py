@@ -1,0 +1,239 @@
+"""The network that shared and personal denoisers have in common: a class-conditional U-Net and its preconditioning.
+
+Small images on two cores and larger ones on a GPU take the same path. The stem folds 2 × 2 pixels into channels
+(at full resolution a convolution costs most and learns least), each level halves the grid until at most 4 × 4
+cells are left, and there a fully connected block sees the whole image, at the speed of a matrix product.
+
+Shapes: B images, C channels, H height, W width, E embedding, D = all values of one image's coarsest grid.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+COARSEST_GRID = 4
+WIDEST_LEVEL = 4  # a level has at most this many times base_width channels
+DENSE_BLOCKS = 2
+UNCLIPPED, CLIPPED = 0, 1
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What the two denoisers must agree on to be built again from their weights.
+
+    sigma_data is the standard deviation of the clean images around zero, in the images' own units: 0.5 for pixels
+    in [-1, 1] (Karras et al. 2022, table 1), about 1 for released images α·v + s·z that play the clean image.
+    """
+
+    image_channels: int
+    image_height: int
+    image_width: int
+    num_classes: int
+    base_width: int = 32
+    num_blocks: int = 1
+    attention: bool = False
+    sigma_data: float = 0.5
+
+
+class Denoiser(nn.Module):
+    """E[x0 | y_σ] for y_σ = x0 + σ·z, by a U-Net with the preconditioning of Karras et al. 2022, equation 7."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = UNet(config)
+
+    def forward(self, y_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor, flag_B: Tensor | None = None) -> Tensor:
+        """x0_BCHW, the estimated clean images, float32. σ > 0; flag 0 asks for unclipped images, 1 for clipped."""
+        sigma_B = sigma_B.float()
+        c_skip_B, c_out_B, c_in_B, c_noise_B = preconditioning(sigma_B, self.config.sigma_data)
+        flag_B = torch.full_like(label_B, UNCLIPPED) if flag_B is None else flag_B
+        f_BCHW: Tensor = self.unet(per_image(c_in_B) * y_BCHW.float(), c_noise_B, label_B, flag_B)
+        return per_image(c_skip_B) * y_BCHW.float() + per_image(c_out_B) * f_BCHW.float()
+
+
+def preconditioning(sigma_B: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in, c_noise of Karras et al. 2022, table 1: network in and out have unit variance at any σ."""
+    total_B = sigma_B.square() + sigma_data**2
+    return sigma_data**2 / total_B, sigma_B * sigma_data / total_B.sqrt(), total_B.rsqrt(), sigma_B.log() / 4
+
+
+def per_image(value_B: Tensor) -> Tensor:
+    """value_B111, one number per image, ready to multiply images with."""
+    return value_B[:, None, None, None]
+
+
+class UNet(nn.Module):
+    """F(x; noise level, class, flag) of the same shape as x; exactly zero before the first training step."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        grids, widths = levels(config)
+        embedding = 4 * config.base_width
+        pixels = 4 * config.image_channels
+        self.embed = Embedding(config.num_classes, embedding)
+        self.stem = nn.Conv2d(pixels, widths[0], 3, padding=1)
+        self.encode = nn.ModuleList(_blocks(config.num_blocks, width, embedding) for width in widths)
+        self.down = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
+        self.middle = _middle(grids[-1], widths[-1], embedding, config)
+        self.merge = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for width in widths)
+        self.decode = nn.ModuleList(_blocks(config.num_blocks, width, embedding) for width in widths)
+        self.up = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in pairwise(widths))
+        self.out = zeroed(nn.Conv2d(widths[0], pixels, 3, padding=1))
+
+    def forward(self, x_BCHW: Tensor, noise_level_B: Tensor, label_B: Tensor, flag_B: Tensor) -> Tensor:
+        e_BE = self.embed(noise_level_B, label_B, flag_B)
+        h_BCHW = self.stem(fold(x_BCHW))
+        skips = []
+        for level, blocks in enumerate(self.encode):
+            if level > 0:
+                h_BCHW = self.down[level - 1](fold(h_BCHW))
+            h_BCHW = run_blocks(blocks, h_BCHW, e_BE)
+            skips.append(h_BCHW)
+        h_BCHW = run_blocks(self.middle, h_BCHW, e_BE)
+        for level in reversed(range(len(skips))):
+            if level < len(skips) - 1:
+                h_BCHW = unfold(self.up[level](h_BCHW), skips[level])
+            h_BCHW = self.merge[level](torch.cat([h_BCHW, skips[level]], dim=1))
+            h_BCHW = run_blocks(self.decode[level], h_BCHW, e_BE)
+        return unfold(self.out(F.silu(rms_norm(h_BCHW))), x_BCHW)
+
+
+def levels(config: NetworkConfig) -> tuple[list[tuple[int, int]], list[int]]:
+    """Grid (height, width) and number of channels of every level, finest first."""
+    grids = [_halved((config.image_height, config.image_width))]
+    while max(grids[-1]) > COARSEST_GRID:
+        grids.append(_halved(grids[-1]))
+    return grids, [config.base_width * min(2**level, WIDEST_LEVEL) for level in range(len(grids))]
+
+
+def _halved(grid: tuple[int, int]) -> tuple[int, int]:
+    return math.ceil(grid[0] / 2), math.ceil(grid[1] / 2)
+
+
+def fold(x_BCHW: Tensor) -> Tensor:
+    """Half the grid, four times the channels; an odd edge is repeated first."""
+    odd_height, odd_width = x_BCHW.shape[-2] % 2, x_BCHW.shape[-1] % 2
+    if odd_height or odd_width:
+        x_BCHW = F.pad(x_BCHW, (0, odd_width, 0, odd_height), mode="replicate")
+    return F.pixel_unshuffle(x_BCHW, 2)
+
+
+def unfold(h_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
+    """Twice the grid, a quarter of the channels, cut to the grid of `like`: undoes fold."""
+    return F.pixel_shuffle(h_BCHW, 2)[..., : like_BCHW.shape[-2], : like_BCHW.shape[-1]]
+
+
+class Embedding(nn.Module):
+    """e_BE from noise level, class and flag: Fourier features of the level plus learned vectors, then one layer."""
+
+    frequencies: Tensor
+
+    def __init__(self, num_classes: int, embedding: int) -> None:
+        super().__init__()
+        # Octaves of c_noise = ln(σ)/4, which spans about [-1.2, 1.3] for σ in [0.01, 157].
+        self.register_buffer("frequencies", 0.5 * math.pi * 2.0 ** torch.arange(6), persistent=False)
+        self.noise = nn.Linear(13, embedding)
+        self.label = nn.Embedding(num_classes, embedding)
+        self.flag = zeroed(nn.Embedding(2, embedding))
+        self.mix = nn.Linear(embedding, embedding)
+
+    def forward(self, noise_level_B: Tensor, label_B: Tensor, flag_B: Tensor) -> Tensor:
+        phase_BF = noise_level_B[:, None] * self.frequencies
+        features_BF = torch.cat([noise_level_B[:, None], phase_BF.sin(), phase_BF.cos()], dim=1)
+        e_BE: Tensor = self.noise(features_BF) + self.label(label_B) + self.flag(flag_B)
+        mixed_BE: Tensor = self.mix(F.silu(e_BE))
+        return F.silu(mixed_BE)
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two 3 × 3 convolutions; the embedding scales and shifts between them."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * width)
+        self.second = zeroed(nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x_BCHW: Tensor, e_BE: Tensor) -> Tensor:
+        h_BCHW = rms_norm(self.first(F.silu(rms_norm(x_BCHW))))
+        scale_BC, shift_BC = self.modulate(e_BE).chunk(2, dim=1)
+        h_BCHW = h_BCHW * (1 + scale_BC[:, :, None, None]) + shift_BC[:, :, None, None]
+        change_BCHW: Tensor = self.second(F.silu(h_BCHW))
+        return x_BCHW + change_BCHW
+
+
+class DenseBlock(nn.Module):
+    """Residual block in which every value of the coarsest grid sees every other: a two-layer perceptron."""
+
+    def __init__(self, values: int, embedding: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(values, hidden)
+        self.modulate = nn.Linear(embedding, 2 * hidden)
+        self.second = zeroed(nn.Linear(hidden, values))
+
+    def forward(self, x_BCHW: Tensor, e_BE: Tensor) -> Tensor:
+        x_BD = x_BCHW.flatten(1)
+        scale_BD, shift_BD = self.modulate(e_BE).chunk(2, dim=1)
+        h_BD = self.first(F.rms_norm(x_BD, x_BD.shape[1:])) * (1 + scale_BD) + shift_BD
+        change_BD: Tensor = self.second(F.silu(h_BD))
+        return x_BCHW + change_BD.view_as(x_BCHW)
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention among the cells of the coarsest grid (Vaswani et al. 2017, equation 1)."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.heads = width // 32 if width % 32 == 0 else 1
+        self.modulate = nn.Linear(embedding, width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.project = zeroed(nn.Conv2d(width, width, 1))
+
+    def forward(self, x_BCHW: Tensor, e_BE: Tensor) -> Tensor:
+        batch, width, height, across = x_BCHW.shape
+        h_BCHW = rms_norm(x_BCHW) * (1 + self.modulate(e_BE)[:, :, None, None])
+        qkv = self.qkv(h_BCHW).view(batch, 3, self.heads, width // self.heads, height * across).transpose(-1, -2)
+        q, k, v = qkv.unbind(1)
+        a_BCHW = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x_BCHW.shape)
+        change_BCHW: Tensor = self.project(a_BCHW)
+        return x_BCHW + change_BCHW
+
+
+def rms_norm(x_BCHW: Tensor) -> Tensor:
+    """x with unit mean square over the channels of each cell.
+
+    Not GroupNorm: in torch 2.13 its CPU backward crashes the process on channels_last input without gradient.
+    """
+    return x_BCHW * torch.rsqrt(x_BCHW.square().mean(dim=1, keepdim=True) + 1e-5)
+
+
+def zeroed(module: M) -> M:
+    """The module with all parameters zero: its residual branch starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def run_blocks(blocks: nn.Module, x_BCHW: Tensor, e_BE: Tensor) -> Tensor:
+    for block in blocks.children():
+        x_BCHW = block(x_BCHW, e_BE)
+    return x_BCHW
+
+
+def _blocks(count: int, width: int, embedding: int) -> nn.ModuleList:
+    return nn.ModuleList(ConvBlock(width, embedding) for _ in range(count))
+
+
+def _middle(grid: tuple[int, int], width: int, embedding: int, config: NetworkConfig) -> nn.ModuleList:
+    values, hidden = grid[0] * grid[1] * width, 16 * config.base_width
+    blocks: list[nn.Module] = [DenseBlock(values, embedding, hidden) for _ in range(DENSE_BLOCKS)]
+    if config.attention:
+        blocks.insert(1, AttentionBlock(width, embedding))
+    return nn.ModuleList(blocks)

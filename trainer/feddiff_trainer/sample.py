@@ -1,0 +1,87 @@
+"""The stage `sample`: images from the shared denoiser alone, the owner's personal one alone, and both with a hand-over.
+
+All three start from the same noise. Images that a personal denoiser had a part in stay in the owner's store.
+"""
+
+import hashlib
+import sys
+
+import torch
+from feddiff_protocol import layout
+from feddiff_protocol.errors import DataInvalid
+from feddiff_protocol.stages import SampleSpec
+from torch import Tensor
+
+from .denoisers import denoiser_from_bytes
+from .denoising import Denoise
+from .drawing import (
+    CHUNK,
+    Drawing,
+    draw_alone,
+    draw_both,
+    draw_shared,
+    drawing_of,
+    labels_of,
+    pack,
+    save_npz,
+    to_pixels,
+)
+from .stage import report_progress, run_stage
+from .stores import Store, open_store
+from .train_shared import image_shape
+
+
+def body(spec: SampleSpec) -> dict[str, str]:
+    owner_store = open_store(spec.owner_store)
+    shared = read_shared(open_store(spec.federation_store), spec)
+    key = layout.personal_denoiser(spec.job.uid, spec.client)
+    personal = denoiser_from_bytes(owner_store.get(key), key)
+    images, label_N = draw_arms(spec, shared, personal)
+    if spec.output is not None:
+        save_npz(spec.output, images, label_N)
+    else:
+        owner_store.put(layout.samples(spec.job.uid, spec.client), pack(images, label_N))
+    return {}
+
+
+def read_shared(store: Store, spec: SampleSpec) -> Denoise:
+    """The shared denoiser whose hash the planner handed over. Raises DataInvalid if the store holds another."""
+    key = layout.shared_denoiser(spec.job.uid)
+    data = store.get(key)
+    if (found := hashlib.sha256(data).hexdigest()) != spec.shared_denoiser_sha256:
+        raise DataInvalid(f"{key}: expected SHA-256 {spec.shared_denoiser_sha256}, found {found}; train it again")
+    return denoiser_from_bytes(data, key)
+
+
+def draw_arms(spec: SampleSpec, shared: Denoise, personal: Denoise) -> tuple[dict[str, Tensor], Tensor]:
+    """uint8 images N×C×H×W by arm (`both`, `shared`, `personal`) and their labels."""
+    generator = torch.Generator().manual_seed(0)
+    drawing = drawing_of(spec.privacy, spec.diffusion, spec.sampling)
+    label_N = labels_of(spec.classes.count, spec.sampling.images_per_class)
+    parts: dict[str, list[Tensor]] = {"both": [], "shared": [], "personal": []}
+    for start in range(0, len(label_N), CHUNK):
+        label_B = label_N[start : start + CHUNK]
+        noise_BCHW = torch.randn(len(label_B), *image_shape(spec.image), generator=generator)
+        for arm, x0_BCHW in _arms(drawing, shared, personal, noise_BCHW, label_B, generator).items():
+            parts[arm].append(to_pixels(x0_BCHW))
+        report_progress(start + len(label_B), len(label_N), "images")
+    return {arm: torch.cat(images) for arm, images in parts.items()}, label_N
+
+
+def _arms(
+    drawing: Drawing,
+    shared: Denoise,
+    personal: Denoise,
+    noise_BCHW: Tensor,
+    label_B: Tensor,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    return {
+        "both": draw_both(drawing, shared, personal, noise_BCHW, label_B, generator),
+        "shared": draw_shared(drawing, shared, noise_BCHW, label_B, generator),
+        "personal": draw_alone(drawing, personal, noise_BCHW, label_B, generator),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(SampleSpec, body))

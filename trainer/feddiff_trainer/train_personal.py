@@ -1,0 +1,91 @@
+"""The stage `train-personal`: an owner's denoiser, on its clean records at every noise level and, above the split, on
+what everybody released. It is not private for its owner's records and never leaves the owner's store."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from feddiff_protocol import layout
+from feddiff_protocol.api import PrivacySpec, Timeline
+from feddiff_protocol.promise import schedule_of
+from feddiff_protocol.stages import OwnerStageSpec, TrainPersonalSpec
+from torch import Tensor
+
+from .batches import Source, clip_mixed, loss_of, mixed, records
+from .checkpoints import CheckpointFolder
+from .denoisers import denoiser_bytes
+from .network import Denoiser
+from .records import Records, read_source
+from .stage import report_progress, run_stage
+from .stores import open_store
+from .train_shared import EMA_WIDTH, SIGMA_DATA, Releases, above_the_split, image_shape, network_config, read_releases
+from .training import Progress, distributed, train
+
+
+def body(spec: TrainPersonalSpec) -> dict[str, str]:
+    own = read_source(spec.source, spec.image, spec.classes)
+    releases = read_releases(open_store(spec.federation_store), spec, spec.classes.count)
+    with distributed() as world:
+        denoiser = train(
+            initial_denoiser(spec),
+            loss_of(source_of(spec, own, releases, world.device), SIGMA_DATA),
+            world=world,
+            num_images=spec.personal.images,
+            batch=spec.personal.batch,
+            learning_rate=float(spec.personal.learning_rate),
+            ema_width=EMA_WIDTH,
+            seed=0,
+            on_progress=show_progress,
+            checkpoints=CheckpointFolder(Path(spec.checkpoints)),
+        )
+    open_store(spec.owner_store).put(layout.personal_denoiser(spec.job.uid, spec.client), denoiser_bytes(denoiser))
+    return {}
+
+
+def initial_denoiser(spec: OwnerStageSpec) -> Denoiser:
+    torch.manual_seed(0)  # initial weights only
+    return Denoiser(network_config(spec.network, spec.image, spec.classes.count, SIGMA_DATA))
+
+
+def source_of(
+    spec: TrainPersonalSpec,
+    own: Records,
+    releases: Releases,
+    device: torch.device,
+) -> Source:
+    """Own records at every noise level; with them, above the split, the releases, unless the paper's timeline is
+    asked for, whose personal denoisers see clean records only."""
+    sigmas = schedule_of(spec.diffusion).sigmas
+    images_NCHW, label_N = images_of(own, spec)
+    source = records(images_NCHW.to(device), label_N.to(device), (sigmas[0], sigmas[-1]))
+    if spec.personal.clip_mix:
+        source = clip_mixed(source, lambda x_BCHW: clipped_images(x_BCHW, spec.privacy))
+    if spec.personal.release_share == 0 or spec.diffusion.timeline is Timeline.RESTARTED:
+        return source
+    return mixed(source, above_the_split(spec, releases, device), float(spec.personal.release_share))
+
+
+def images_of(own: Records, spec: OwnerStageSpec) -> tuple[Tensor, Tensor]:
+    """x0_NCHW in [-1, 1], float32, and label_N of an owner's records."""
+    images_NCHW = np.float32(2 * own[:] - 1).reshape(len(own), *image_shape(spec.image))
+    return torch.from_numpy(images_NCHW), torch.from_numpy(own.labels_N)
+
+
+def clipped_images(x_BCHW: Tensor, privacy: PrivacySpec) -> Tensor:
+    """Images as the release clips them, [-1, 1] units in and out; nothing private hangs on this copy of the clip."""
+    non_negative = privacy.clips_non_negative_pixels
+    v_BCHW = (x_BCHW + 1) / 2 if non_negative else x_BCHW
+    norm_B = v_BCHW.flatten(1).norm(dim=1).clamp(min=1e-12)
+    v_BCHW = v_BCHW * (float(privacy.clip_norm) / norm_B).clamp(max=1)[:, None, None, None]
+    clipped_BCHW: Tensor = 2 * v_BCHW - 1 if non_negative else v_BCHW
+    return clipped_BCHW
+
+
+def show_progress(progress: Progress) -> None:
+    """Step and percent only: loss and speed depend on private records."""
+    report_progress(progress.images, progress.num_images, "images")
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(TrainPersonalSpec, body))

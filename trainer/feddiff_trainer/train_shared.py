@@ -1,0 +1,165 @@
+"""The stage `train-shared`: one denoiser for high noise, trained by all ranks on the releases that count."""
+
+import hashlib
+import math
+import sys
+from pathlib import Path
+
+import torch
+from feddiff_protocol import layout
+from feddiff_protocol.api import ImageSpec, Mechanism, NetworkSpec, Timeline
+from feddiff_protocol.promise import promise_of, schedule_of
+from feddiff_protocol.stages import OwnerStageSpec, TrainSharedSpec
+from torch import Tensor, nn
+
+from .batches import Source, loss_of, noised_images, pool_draws, records
+from .checkpoints import CheckpointFolder
+from .denoisers import denoiser_bytes
+from .denoising import ClassGaussian
+from .drawing import draw_shared, drawing_of, labels_of, pack, to_pixels
+from .network import Denoiser, NetworkConfig
+from .pooling import OwnerSummary, pool
+from .released import GaussianRelease, read_release
+from .stage import report_progress, run_stage
+from .stores import Store, open_store
+from .training import BatchLoss, Progress, World, distributed, train
+
+Releases = list[GaussianRelease | OwnerSummary]
+
+EMA_WIDTH = 0.1  # of the run: the average reaches over about the last fifth of the training
+SIGMA_DATA = 0.5  # of clean images in [-1, 1]
+REPORTED_PER_CLASS = 10
+
+
+def body(spec: TrainSharedSpec) -> dict[str, str]:
+    store = open_store(spec.federation_store)
+    with distributed() as world:
+        releases = read_releases(store, spec, spec.num_classes)
+        denoiser = shared_denoiser(spec, releases, world)
+        if world.rank != 0:
+            return {}
+        weights = denoiser_bytes(denoiser)
+        store.put(layout.shared_samples(spec.job.uid), shared_samples(spec, denoiser, world.device))
+        store.put(layout.shared_denoiser(spec.job.uid), weights)
+        return {"denoiser": hashlib.sha256(weights).hexdigest()}
+
+
+def shared_denoiser(spec: TrainSharedSpec, releases: Releases, world: World) -> nn.Module:
+    """The shared denoiser: trained, or the pooled Gaussian's own where the job asks for the closed form."""
+    if spec.shared.denoiser == "closedForm":
+        return pool_of(releases, spec)
+    torch.manual_seed(0)  # initial weights, equal on all ranks; nothing private depends on them
+    config = network_config(spec.network, spec.image, spec.num_classes, sigma_data_of(spec))
+    return train(
+        Denoiser(config),
+        shared_loss(spec, releases, config.sigma_data, world.device),
+        world=world,
+        num_images=spec.shared.images,
+        batch=spec.shared.batch,
+        learning_rate=float(spec.shared.learning_rate),
+        ema_width=EMA_WIDTH,
+        seed=0,
+        on_progress=show_progress_and_loss,
+        checkpoints=CheckpointFolder(Path(spec.checkpoints)),
+    )
+
+
+def shared_loss(spec: TrainSharedSpec, releases: Releases, sigma_data: float, device: torch.device) -> BatchLoss:
+    """On summaries ordinary diffusion above the split on draws; on noised images one of the two timelines."""
+    if spec.diffusion.timeline is Timeline.RESTARTED:
+        schedule, step = schedule_of(spec.diffusion), promise_of(spec.privacy, spec.diffusion).split_step
+        y_NCHW, label_N = pooled_images(releases)
+        x_NCHW = schedule.alpha(step) * y_NCHW  # the released images themselves play the clean ones
+        source = records(x_NCHW.to(device), label_N.to(device), (schedule.sigmas[0], schedule.sigmas[-1]))
+    else:
+        source = above_the_split(spec, releases, device)
+    return loss_of(source, sigma_data)
+
+
+def above_the_split(spec: TrainSharedSpec | OwnerStageSpec, releases: Releases, device: torch.device) -> Source:
+    """Training data from what everybody released, at noise levels above the split."""
+    split = promise_of(spec.privacy, spec.diffusion).split_sigma
+    highest = schedule_of(spec.diffusion).sigmas[-1]
+    if spec.privacy.mechanism is Mechanism.SUMMARY:
+        return pool_draws(pool_of(releases, spec).to(device), image_shape(spec.image), (split, highest))
+    y_NCHW, label_N = pooled_images(releases)
+    return noised_images(y_NCHW.to(device), label_N.to(device), split, highest)
+
+
+def read_releases(store: Store, spec: TrainSharedSpec | OwnerStageSpec, num_classes: int) -> Releases:
+    """Every release that counts, verified, in the order of the job's clients."""
+    return [
+        read_release(
+            store,
+            spec.job.uid,
+            reference,
+            image=spec.image,
+            num_classes=num_classes,
+            privacy=spec.privacy,
+            diffusion=spec.diffusion,
+        )
+        for reference in spec.releases
+    ]
+
+
+def pool_of(releases: Releases, spec: TrainSharedSpec | OwnerStageSpec) -> ClassGaussian:
+    """The pooled Gaussian of all owners' summaries: post-processing, everybody computes the same."""
+    summaries = [release for release in releases if isinstance(release, OwnerSummary)]
+    variance_guess = float(spec.privacy.variance_guess_or_default)
+    return ClassGaussian(*pool(summaries, variance_guess, float(spec.shared.own_covariance_weight)))
+
+
+def pooled_images(releases: Releases) -> tuple[Tensor, Tensor]:
+    """y_NCHW and label_N of all owners together, D̃ divided by α."""
+    noised = [release for release in releases if isinstance(release, GaussianRelease)]
+    return torch.cat([release.images_NCHW for release in noised]), torch.cat([release.labels_N for release in noised])
+
+
+def sigma_data_of(spec: TrainSharedSpec) -> float:
+    """Standard deviation of what plays the clean image: images, or, restarted, x̃ = α·x + s·z."""
+    if spec.diffusion.timeline is not Timeline.RESTARTED:
+        return SIGMA_DATA
+    schedule, step = schedule_of(spec.diffusion), promise_of(spec.privacy, spec.diffusion).split_step
+    return math.hypot(schedule.alpha(step) * SIGMA_DATA, schedule.s(step))
+
+
+def shared_samples(spec: TrainSharedSpec, denoiser: nn.Module, device: torch.device) -> bytes:
+    """What the shared denoiser alone makes of a few labels: public, for the job report."""
+    generator = torch.Generator(device).manual_seed(0)
+    label_N = labels_of(spec.num_classes, REPORTED_PER_CLASS).to(device)
+    noise_NCHW = torch.randn(len(label_N), *image_shape(spec.image), generator=generator, device=device)
+    drawing = drawing_of(spec.privacy, spec.diffusion, spec.sampling)
+    x0_NCHW = draw_shared(drawing, denoiser, noise_NCHW, label_N, generator)
+    return pack({"images": to_pixels(x0_NCHW)}, label_N)
+
+
+def network_config(network: NetworkSpec, image: ImageSpec, num_classes: int, sigma_data: float) -> NetworkConfig:
+    return NetworkConfig(
+        image_channels=image.channels,
+        image_height=image.height,
+        image_width=image.width,
+        num_classes=num_classes,
+        base_width=network.base_width,
+        num_blocks=network.num_blocks,
+        attention=network.attention,
+        sigma_data=sigma_data,
+    )
+
+
+def image_shape(image: ImageSpec) -> tuple[int, int, int]:
+    return image.channels, image.height, image.width
+
+
+def show_progress_and_loss(progress: Progress) -> None:
+    """The shared denoiser sees released data only, so its loss may be shown."""
+    report_progress(
+        progress.images,
+        progress.num_images,
+        "images",
+        loss=round(progress.loss, 5),
+        images_per_second=round(progress.images_per_second, 1),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(TrainSharedSpec, body))

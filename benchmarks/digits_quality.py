@@ -1,6 +1,6 @@
 """What each arm gains on digits: five seeds, three owners, every arm with equal network, image-steps and sampler.
 
-    python benchmarks/digits_quality.py OUT.jsonl [--seeds 0 1 2 3 4] [--images 100000]
+    python benchmarks/digits_quality.py OUT.jsonl [--seeds 0 1 2 3 4] [--images 250000]
 
 Each seed splits scikit-learn's digits anew (112 scans of a class at one owner, 5 at each of the other two, the rest
 held out), draws its own releases from the operating system's entropy, trains and samples. One row per seed, owner and
@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ SHAPE, CLASSES, PER_CLASS = (1, 8, 8), 10, 100
 MINORITY_BELOW = 20  # records of a class
 WORLD = World(0, 1, torch.device("cpu"))
 COMMON = {"epsilon": "10", "delta": "1e-5", "clipNorm": "4.25"}
-SUMMARY = PrivacySpec.model_validate({"mechanism": "summary", "momentClipNorm": "2", **COMMON})
+SUMMARY = PrivacySpec.model_validate({"mechanism": "summary", "momentClipNorm": "1.75", **COMMON})
 GAUSSIAN = PrivacySpec.model_validate({"mechanism": "gaussian", **COMMON})
 SAMPLING = SamplingSpec(images_per_class=PER_CLASS, steps=20)
 
@@ -178,7 +177,7 @@ class Seed:
 ARMS = (
     "local", "gaussian", "summary", "summary, closed form", "summary, personal alone", "pool draws", "oracle"
 )  # fmt: skip
-BATCH, LEARNING_RATE = 128, 2e-3
+BATCH, LEARNING_RATE = 256, 6e-3
 
 
 def measure(seed: Seed, arm: str, owner: str, classifier: Any) -> dict[str, Any]:
@@ -229,8 +228,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--images", type=int, default=100_000, help="image-steps of every training")
-    parser.add_argument("--split", default="0.25", help="σ of the hand-over for summary and oracle")
+    parser.add_argument("--images", type=int, default=250_000, help="image-steps of every training")
+    parser.add_argument("--split", default="0.5", help="σ of the hand-over for summary and oracle")
     parser.add_argument("--width", type=int, default=16, help="base width of every network")
     parser.add_argument("--share", type=float, default=1 / 3, help="share of a personal batch from the releases")
     parser.add_argument("--table", action="store_true", help="print the table of OUT instead of computing rows")

@@ -16,7 +16,7 @@ from feddiff_protocol.api import (
     parse_document,
 )
 from feddiff_protocol.errors import InputMissing, SpecInvalid
-from feddiff_protocol.promise import Promise, promise_of
+from feddiff_protocol.promise import Promise, check_size, promise_of
 
 LARGEST_FILE_BYTES = 4 * 1024 * 1024
 
@@ -75,15 +75,9 @@ def local_job(job: FederatedDiffusionJob, datasets: Iterable[LocalDataset]) -> L
     by_key = {dataset.key: dataset for dataset in datasets}
     of_client = {client.name: _dataset_of(job, client.name, client.dataset, by_key) for client in job.spec.clients}
     _check_agreement(job, of_client)
-    return LocalJob(job, of_client, checked_promise(job))
-
-
-def checked_promise(job: FederatedDiffusionJob) -> Promise:
-    """The job's promise. Raises SpecInvalid where its numbers lie outside what can be computed."""
-    try:
-        return promise_of(job.spec.privacy, job.spec.diffusion)
-    except (ValueError, ArithmeticError) as error:
-        raise SpecInvalid(f"job {job.metadata.name}: spec.privacy, spec.diffusion: {error}") from None
+    for dataset in of_client.values():
+        check_size(job.spec.privacy, dataset.document.spec.image, dataset.document.spec.classes.count)
+    return LocalJob(job, of_client, promise_of(job.spec.privacy, job.spec.diffusion))
 
 
 def load_documents(files: Sequence[Path]) -> Documents:

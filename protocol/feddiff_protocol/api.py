@@ -361,7 +361,7 @@ class PrivacySpec(Wire):
 
 
 class Timeline(StrEnum):
-    """How the shared denoiser of noised images treats time: the paper restarts, ours continues (METHOD)."""
+    """How the shared denoiser of noised images treats time: the paper restarts, ours continues (docs/method.md)."""
 
     RESTARTED = "restarted"
     CONTINUED = "continued"

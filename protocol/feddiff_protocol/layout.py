@@ -38,12 +38,16 @@ def job_report(job_uid: str) -> str:
 
 
 # Owner store
+def release_prefix(release: str) -> str:
+    return f"releases/{release}/"
+
+
 def seal(release: str) -> str:
-    return f"releases/{release}/seal.json"
+    return f"{release_prefix(release)}seal.json"
 
 
 def attempts_prefix(release: str) -> str:
-    return f"releases/{release}/attempts/"
+    return f"{release_prefix(release)}attempts/"
 
 
 def attempt_shard(release: str, attempt: str, shard: str) -> str:

@@ -12,6 +12,8 @@ from .api import DiffusionSpec, FederatedDiffusionJobSpec, ImageSpec, Mechanism,
 from .errors import SpecInvalid
 from .schedule import Schedule
 
+LARGEST_SUMMARY = 2**28  # float64 values: 2 GiB
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -44,7 +46,7 @@ def promise_of(privacy: PrivacySpec, diffusion: DiffusionSpec) -> Promise:
     except accountant.UnreachablePromise as error:
         reachable = accountant.epsilon_of(error.smallest_mu, float(privacy.delta))
         raise SpecInvalid(f"spec.privacy.epsilon: {error}; the smallest ε in reach is {reachable:.4g}") from None
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise SpecInvalid(f"spec.privacy: {error}") from None
 
 
@@ -85,6 +87,16 @@ def _summary_promise(privacy: PrivacySpec, diffusion: DiffusionSpec, mu: float, 
     return Promise(
         Mechanism.SUMMARY, mu, charge, step, schedule.sigma(step), mean_std=noise.mean_std, moment_std=noise.moment_std
     )
+
+
+def check_size(privacy: PrivacySpec, image: ImageSpec, num_classes: int) -> None:
+    """Raises SpecInvalid where a summary's second moments would not fit into memory."""
+    num_values = num_classes * image.dimensions * (image.dimensions + 1) // 2
+    if privacy.mechanism is Mechanism.SUMMARY and num_values > LARGEST_SUMMARY:
+        raise SpecInvalid(
+            f"spec.image: expected at most {LARGEST_SUMMARY} second moments for mechanism summary, found {num_values}"
+            f" ({num_classes} classes of {image.dimensions} values); use smaller images or mechanism gaussian"
+        )
 
 
 def signal_to_noise_db(spec: FederatedDiffusionJobSpec, promise: Promise, image: ImageSpec, num_records: int) -> float:

@@ -8,15 +8,16 @@ from types import ModuleType
 
 import mpmath
 import pytest
-from feddiff_protocol import accountant
-from feddiff_protocol.accountant import Admission, Charge
-from feddiff_protocol.schedule import Schedule
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from feddiff_protocol import accountant
+from feddiff_protocol.accountant import Admission, Charge
+from feddiff_protocol.schedule import Schedule
+
 DDPM = Schedule(1000, 1e-4, 0.02)
 DELTA = 1e-5
-# METHOD, section 3: δ = 1e-5.
+# docs/method.md: δ = 1e-5.
 PUBLISHED_MU = {1: 0.268051, 2: 0.501552, 4: 0.924931, 8: 1.666031, 10: 2.000446}
 
 mus = st.floats(-3, 3).map(lambda exponent: 10.0**exponent)
@@ -353,7 +354,7 @@ def test_wrong_sensitivity_is_caught(mutant: float, vectors: list[Vector]) -> No
 
 
 def summary_mu_squared(noise: accountant.SummaryNoise, mean_sensitivity: float, moment_clip_norm: float) -> float:
-    """METHOD, section 3: μ² = Δ1²/s1² + 2·C2⁴/s2²."""
+    """docs/method.md: μ² = Δ1²/s1² + 2·C2⁴/s2²."""
     return mean_sensitivity**2 / noise.mean_std**2 + 2 * moment_clip_norm**4 / noise.moment_std**2
 
 
@@ -397,7 +398,7 @@ def test_unreachable_promise_says_what_would_reach_it() -> None:
 
 
 def test_signal_left_of_a_noised_cifar_image() -> None:
-    """METHOD, rule 9: a 3072-pixel image is at -36 dB at the paper's step for ε = 10; the exact step gains one."""
+    """A 3072-pixel image is at -36 dB at the paper's step for ε = 10; the exact step gains one."""
     assert accountant.signal_to_noise_db(10, DDPM.sigma(693), 3072) == pytest.approx(-36, abs=0.1)
     sigma = DDPM.sigma(675)
     exact = accountant.signal_to_noise_db(10, sigma, 3072)

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from feddiff_protocol import accountant
-from feddiff_protocol.api import DiffusionSpec, PrivacySpec
+from feddiff_protocol.api import DiffusionSpec, ImageSpec, PrivacySpec
 from feddiff_protocol.errors import SpecInvalid
-from feddiff_protocol.promise import promise_of, schedule_of
+from feddiff_protocol.promise import check_size, promise_of, schedule_of
 
 LINEAR = DiffusionSpec()
 
@@ -69,3 +69,23 @@ def test_an_unreachable_promise_says_what_would_reach_it() -> None:
 def test_a_split_beyond_the_last_step_is_refused() -> None:
     with pytest.raises(SpecInvalid, match="splitSigma"):
         promise_of(summary(), DiffusionSpec.model_validate({"splitSigma": "1000"}))
+
+
+def test_a_summary_that_would_not_fit_into_memory_is_refused() -> None:
+    check_size(summary(), ImageSpec(channels=3, height=32, width=32), 10)
+    with pytest.raises(SpecInvalid, match="smaller images"):
+        check_size(summary(), ImageSpec(channels=3, height=512, width=512), 2)
+    check_size(gaussian(), ImageSpec(channels=3, height=512, width=512), 2)
+
+
+@pytest.mark.parametrize(
+    "diffusion", [{"steps": 10_000, "betaStart": "0.1", "betaEnd": "0.9"}, {"betaStart": "1e-90", "betaEnd": "1e-80"}]
+)
+def test_a_schedule_beyond_float64_is_refused_in_words(diffusion: dict[str, object]) -> None:
+    with pytest.raises(SpecInvalid, match="spec"):
+        promise_of(gaussian(), DiffusionSpec.model_validate(diffusion))
+
+
+def test_numbers_survive_their_way_through_json() -> None:
+    privacy = gaussian(epsilon="1e1", clipNorm="1.50")
+    assert PrivacySpec.model_validate(privacy.to_wire()) == privacy

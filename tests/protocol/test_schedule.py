@@ -1,9 +1,10 @@
 import math
 
 import pytest
-from feddiff_protocol.schedule import Schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from feddiff_protocol.schedule import Schedule
 
 DDPM = Schedule(1000, 1e-4, 0.02)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from feddiff_trainer.batches import Batch, Source, clip_mixed, loss_of, mixed, noised_images, pool_draws, records
 from feddiff_trainer.denoising import ClassGaussian, ambient_loss, denoising_loss
 from feddiff_trainer.network import CLIPPED
@@ -99,8 +100,6 @@ def test_for_clean_images_the_ambient_loss_is_the_ordinary_one() -> None:
     def denoise(y: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return 0.3 * y
 
-    ambient = ambient_loss(
-        denoise, batch.y0_BCHW, batch.sigma0_B, batch.sigma_B, batch.label_B, batch.flag_B, noise
-    )
+    ambient = ambient_loss(denoise, batch.y0_BCHW, batch.sigma0_B, batch.sigma_B, batch.label_B, batch.flag_B, noise)
     ordinary = denoising_loss(denoise, batch.y0_BCHW, batch.sigma_B, batch.label_B, batch.flag_B, noise)
     torch.testing.assert_close(ambient, ordinary, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+
 from feddiff_protocol.errors import DataInvalid
 from feddiff_trainer.denoisers import denoiser_bytes, denoiser_from_bytes
 from feddiff_trainer.denoising import ClassGaussian

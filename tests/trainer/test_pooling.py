@@ -32,7 +32,7 @@ CENTRE = 0.5
 def summary_of(
     classes: Sequence[Tensor], mean_std: float, moment_std: float, generator: torch.Generator
 ) -> OwnerSummary:
-    """What an owner of these records releases, by METHOD §3 without the clips."""
+    """What an owner of these records releases, by docs/method.md without the clips."""
     mean_sums, moment_sums = [], []
     for x_ND in classes:
         mean_sum_D = x_ND.sum(0) + mean_std * noise(VALUES, generator)

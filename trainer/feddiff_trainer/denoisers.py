@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 import safetensors
 import safetensors.torch
-from feddiff_protocol.errors import DataInvalid
 from torch import Tensor, nn
+
+from feddiff_protocol.errors import DataInvalid
 
 from .denoising import ClassGaussian
 from .network import Denoiser, NetworkConfig

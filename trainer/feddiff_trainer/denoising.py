@@ -126,7 +126,7 @@ class ClassGaussian(nn.Module):
         self.register_buffer("eigenvectors_KDD", eigenvectors_KDD)
 
     def forward(self, y_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Tensor:
-        """E[x0 | y_σ] = m + Σ(Σ + σ²I)⁻¹(y_σ - m) (METHOD, *Use*, in VE form), of y's shape and precision."""
+        """E[x0 | y_σ] = m + Σ(Σ + σ²I)⁻¹(y_σ - m) (docs/method.md, the shared denoiser), of y's shape and precision."""
         y_BD = y_BCHW.flatten(1).to(self.means_KD.dtype)
         x0_BD = torch.empty_like(y_BD)
         for k, rows in rows_of_classes(label_B, len(self.means_KD)):

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor
+
 from feddiff_protocol.api import DiffusionSpec, PrivacySpec, SamplingSpec, Timeline
 from feddiff_protocol.promise import promise_of, schedule_of
-from torch import Tensor
 
 from .denoising import Denoise
 from .sampler import Sampler, ddpm_ancestral, hand_over, heun, restarted, sampling_sigmas

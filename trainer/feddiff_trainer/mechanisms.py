@@ -33,7 +33,7 @@ SUMMARY_ROWS = 4096  # records at a time in a summary: memory stays far below N�
 def release_gaussian(
     pixels_ND: Float64, *, clip_norm: float | None, non_negative: bool, alpha: float, s: float, normals: Normals
 ) -> Float64:
-    """x̃_ND = α·clip(x) + s·z in [-1, 1] units, one fresh z per record. PFDM (arXiv 2504.00952), METHOD §3 `gaussian`.
+    """x̃_ND = α·clip(x) + s·z in [-1, 1] units, one fresh z per record. PFDM (arXiv 2504.00952), docs/method.md.
 
     pixels_ND in [0, 1]. non_negative: clip to norm C in [0, 1] units, then map to [-1, 1]: two images then differ by at
     most 2√2·C. Otherwise map first and clip in [-1, 1] units: at most 2C. clip_norm None clips nothing: each value lies
@@ -169,7 +169,7 @@ def release_summary(
     normals: Normals,
     min_records_for_centre: int = 20,
 ) -> Summary:
-    """The noisy sums S1 and second moments S2 of every class. METHOD §3, `summary`.
+    """The noisy sums S1 and second moments S2 of every class. docs/method.md, `summary`.
 
     The centre of S2 is computed from S1 after its rounding, that is from the released numbers alone: S2 is a Gaussian
     mechanism with a public parameter, and the two compose adaptively to μ² = 2·C1²/s1² + 2·C2⁴/s2². Raises DataInvalid

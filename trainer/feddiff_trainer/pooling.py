@@ -21,7 +21,7 @@ TRACE_FLOOR = 0.01  # smallest total variance of a class, as a share of what the
 
 @dataclass(frozen=True)
 class OwnerSummary:
-    """What one owner released (METHOD §3, `summary`), [0, 1] units, float64, and the public constants behind it.
+    """What one owner released (docs/method.md, `summary`), [0, 1] units, float64, and the public constants behind it.
 
     mean_sums_KD: sums of clipped images plus N(0, mean_std²). moment_sums_KM: packed sums of (x - m̃)(x - m̃)ᵀ clipped
     to moment_clip_norm, plus N(0, moment_std²). counts_K: the public numbers of records. centre: what stood for m̃
@@ -155,7 +155,7 @@ def _pdf(z_D: Tensor) -> Tensor:
 
 
 def shrink_to_shared(own_KDD: Tensor, precision_K: Tensor, own_weight: float) -> Tensor:
-    """Each class's covariance averaged with the classes' mean one (METHOD §3, *Pooling*).
+    """Each class's covariance averaged with the classes' mean one (docs/method.md).
 
     Classes count by precision p, in the mean one and in their own weight: own_weight = B/(B + 1/p̄) fixes how much
     classes differ, B, at the classes' mean precision p̄; then a class's own weight is B/(B + 1/p). A class known

@@ -12,7 +12,6 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 
@@ -20,12 +19,12 @@ from feddiff_protocol import layout
 from feddiff_protocol.api import Mechanism
 from feddiff_protocol.errors import DataInvalid, FeddiffError, InputMissing, PrivacyRefusal, SpecInvalid
 from feddiff_protocol.manifest import Manifest, Seal, ShardReference, shard_name, spec_sha256
-from feddiff_protocol.promise import Promise, promise_of, schedule_of
+from feddiff_protocol.promise import Promise, check_size, promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseSpec
 
 from .mechanisms import release_gaussian_on_grid, release_summary, shuffled_order
 from .noise import Float64, Normals, os_entropy_normals
-from .records import Records, check_declared, digest_records, read_records
+from .records import Records, digest_records, read_source
 from .shards import Integers, encode, grid_steps, layouts
 from .stage import report_progress, run_stage
 from .stores import FAILURES, PROBE, Store, check_creates_once, open_store
@@ -46,9 +45,10 @@ def release(spec: ReleaseSpec, *, owner_store: Store, federation_store: Store, n
     """
     promise = promise_of(spec.privacy, spec.diffusion)
     _check_reach(spec, promise)
-    records = _declared_records(spec)
+    check_size(spec.privacy, spec.image, spec.classes.count)
+    records = read_source(spec.source, spec.image, spec.classes)
     records_sha256 = digest_records(records)
-    check_creates_once(owner_store, _owner_folder(spec.release))
+    check_creates_once(owner_store, layout.release_prefix(spec.release))
     check_creates_once(federation_store, layout.client_prefix(spec.job.uid, spec.client))
     # In this order: a seal exists before anything is sent, so what is seen here has one that is seen next.
     sent = _sent(federation_store, spec)
@@ -64,23 +64,6 @@ def release(spec: ReleaseSpec, *, owner_store: Store, federation_store: Store, n
 
 
 # ---- Before anything is drawn --------------------------------------------------------------------------------
-
-
-def _declared_records(spec: ReleaseSpec) -> Records:
-    """The owner's records, if they are what was declared."""
-    source, classes = spec.source, spec.classes
-    records = read_records(
-        source.format.value,
-        Path(source.path),
-        labels_path=Path(source.labels_path) if source.labels_path else None,
-        channels=spec.image.channels,
-        height=spec.image.height,
-        width=spec.image.width,
-        num_classes=classes.count,
-        class_names=classes.names,
-    )
-    check_declared(records, classes.records)
-    return records
 
 
 def _check_reach(spec: ReleaseSpec, promise: Promise) -> None:
@@ -106,10 +89,6 @@ def _largest_values(spec: ReleaseSpec, promise: Promise) -> dict[str, tuple[floa
         "mean_sums": (num_records * min(1.0, float(spec.privacy.clip_norm)), promise.mean_std, limit),
         "moment_sums": (num_records * float(spec.privacy.moment_clip_norm) ** 2, promise.moment_std, limit),
     }
-
-
-def _owner_folder(release_name: str) -> str:
-    return f"{layout.seal(release_name).rpartition('/')[0]}/"
 
 
 def _sent(federation_store: Store, spec: ReleaseSpec) -> set[str]:

@@ -4,13 +4,15 @@ All three start from the same noise. Images that a personal denoiser had a part 
 """
 
 import hashlib
+import os
 import sys
 
 import torch
+from torch import Tensor
+
 from feddiff_protocol import layout
 from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.stages import SampleSpec
-from torch import Tensor
 
 from .denoisers import denoiser_from_bytes
 from .denoising import Denoise
@@ -36,7 +38,7 @@ def body(spec: SampleSpec) -> dict[str, str]:
     shared = read_shared(open_store(spec.federation_store), spec)
     key = layout.personal_denoiser(spec.job.uid, spec.client)
     personal = denoiser_from_bytes(owner_store.get(key), key)
-    images, label_N = draw_arms(spec, shared, personal)
+    images, label_N = draw_arms(spec, shared, personal, generator_of(spec))
     if spec.output is not None:
         save_npz(spec.output, images, label_N)
     else:
@@ -53,9 +55,16 @@ def read_shared(store: Store, spec: SampleSpec) -> Denoise:
     return denoiser_from_bytes(data, key)
 
 
-def draw_arms(spec: SampleSpec, shared: Denoise, personal: Denoise) -> tuple[dict[str, Tensor], Tensor]:
+def generator_of(spec: SampleSpec) -> torch.Generator:
+    """The run's own samples are the same at every attempt; further ones are new whenever they are asked for."""
+    seed = 0 if spec.output is None else int.from_bytes(os.urandom(8), "big")
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_arms(
+    spec: SampleSpec, shared: Denoise, personal: Denoise, generator: torch.Generator
+) -> tuple[dict[str, Tensor], Tensor]:
     """uint8 images N×C×H×W by arm (`both`, `shared`, `personal`) and their labels."""
-    generator = torch.Generator().manual_seed(0)
     drawing = drawing_of(spec.privacy, spec.diffusion, spec.sampling)
     label_N = labels_of(spec.classes.count, spec.sampling.images_per_class)
     parts: dict[str, list[Tensor]] = {"both": [], "shared": [], "personal": []}

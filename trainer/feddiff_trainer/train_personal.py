@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from feddiff_protocol import layout
 from feddiff_protocol.api import PrivacySpec, Timeline
 from feddiff_protocol.promise import schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainPersonalSpec
-from torch import Tensor
 
 from .batches import Source, clip_mixed, loss_of, mixed, records
 from .checkpoints import CheckpointFolder

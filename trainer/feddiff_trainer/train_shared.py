@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from feddiff_protocol import layout
 from feddiff_protocol.api import ImageSpec, Mechanism, NetworkSpec, Timeline
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainSharedSpec
-from torch import Tensor, nn
 
 from .batches import Source, loss_of, noised_images, pool_draws, records
 from .checkpoints import CheckpointFolder
@@ -47,7 +48,7 @@ def body(spec: TrainSharedSpec) -> dict[str, str]:
 def shared_denoiser(spec: TrainSharedSpec, releases: Releases, world: World) -> nn.Module:
     """The shared denoiser: trained, or the pooled Gaussian's own where the job asks for the closed form."""
     if spec.shared.denoiser == "closedForm":
-        return pool_of(releases, spec)
+        return pool_of(releases, spec).to(world.device)
     torch.manual_seed(0)  # initial weights, equal on all ranks; nothing private depends on them
     config = network_config(spec.network, spec.image, spec.num_classes, sigma_data_of(spec))
     return train(

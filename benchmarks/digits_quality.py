@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from feddiff_trainer.classifier import train_classifier
 from feddiff_trainer.denoising import ClassGaussian
 from feddiff_trainer.drawing import draw_alone, draw_both, drawing_of, labels_of, to_pixels
 from feddiff_trainer.mechanisms import release_gaussian, release_summary
-from feddiff_trainer.metrics import measure_quality
+from feddiff_trainer.metrics import frechet_distance, measure_quality
 from feddiff_trainer.network import Denoiser, NetworkConfig
 from feddiff_trainer.noise import os_entropy_normals
 from feddiff_trainer.pooling import OwnerSummary, pool
@@ -50,8 +51,8 @@ SAMPLING = SamplingSpec(images_per_class=PER_CLASS, steps=20)
 class Seed:
     """One seed's owners, releases and trained denoisers, each made when first asked for."""
 
-    def __init__(self, seed: int, num_images: int, split_sigma: str, base_width: int, release_share: float) -> None:
-        self.seed, self.num_images, self.release_share = seed, num_images, release_share
+    def __init__(self, seed: int, num_images: int, split_sigma: str, base_width: int, release_sigma: float) -> None:
+        self.seed, self.num_images, self.release_sigma, self.release_share = seed, num_images, release_sigma, 1 / 3
         self.base_width = base_width
         digits = load_digits()
         self.pixels_ND = (digits.images / 16).reshape(-1, 64)
@@ -135,23 +136,23 @@ class Seed:
     def own(self, owner: str) -> Source:
         return records(*self.images(self.owners[owner]), (self.sigmas[0], self.sigmas[-1]))
 
-    def released(self, arm: str) -> Source:
+    def released(self, arm: str, lowest: float) -> Source:
         highest = self.sigmas[-1]
-        split = promise_of(SUMMARY, self.diffusion).split_sigma
         if arm == "summary":
-            return pool_draws(self.once("pool", self.pool), SHAPE, (split, highest))
+            return pool_draws(self.once("pool", self.pool), SHAPE, (lowest, highest))
         if arm == "gaussian":
             images, labels, sigma = self.once("noised", self.noised)
             return noised_images(images, labels, sigma, highest)
-        return records(*self.everybody(), (split, highest))
+        return records(*self.everybody(), (lowest, highest))
 
     def shared(self, arm: str) -> Denoiser:
-        return self.once(f"shared/{arm}", lambda: self.train(self.released(arm)))
+        split = promise_of(SUMMARY, self.diffusion).split_sigma
+        return self.once(f"shared/{arm}", lambda: self.train(self.released(arm, split)))
 
     def personal(self, arm: str, owner: str) -> Denoiser:
         if arm == "local":
             return self.once(f"local/{owner}", lambda: self.train(self.own(owner)))
-        source = mixed(self.own(owner), self.released(arm), self.release_share)
+        source = mixed(self.own(owner), self.released(arm, self.release_sigma), self.release_share)
         return self.once(f"{arm}/{owner}", lambda: self.train(source))
 
     def sample(self, arm: str, owner: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +199,18 @@ def measure(seed: Seed, arm: str, owner: str, classifier: Any) -> dict[str, Any]
         minority=minority,
         seed=seed.seed,
     )
-    return asdict(quality)
+    return asdict(quality) | principal_frechet(images.float() / 127.5 - 1, labels, held, held_labels)
+
+
+def principal_frechet(
+    images: torch.Tensor, labels: torch.Tensor, held: torch.Tensor, held_labels: torch.Tensor, components: int = 20
+) -> dict[str, float]:
+    """Fréchet distance, pooled and mean over classes, in the first principal components of held-out pixels."""
+    held_ND, images_ND = held.flatten(1).double().numpy(), images.flatten(1).double().numpy()
+    _, _, axes = np.linalg.svd(held_ND - held_ND.mean(axis=0), full_matrices=False)
+    real, made = held_ND @ axes[:components].T, images_ND @ axes[:components].T
+    by_class = [frechet_distance(made[labels.numpy() == k], real[held_labels.numpy() == k]) for k in range(CLASSES)]
+    return {"frechet_pca": frechet_distance(made, real), "frechet_pca_classes": float(np.mean(by_class))}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -206,8 +218,9 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     done = {(r["seed"], r["owner"], r["arm"]) for r in map(json.loads, out.open())} if out.exists() else set()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    settings = {"commit": commit, "images": args.images, "split": args.split, "release_sigma": args.release_sigma}
     for number in args.seeds:
-        seed = Seed(number, args.images, args.split, args.width, args.share)
+        seed = Seed(number, args.images, args.split, args.width, args.release_sigma)
         held, held_labels = seed.images(seed.held_out)
         classifier = train_classifier(held.numpy(), held_labels.numpy(), CLASSES, seed=number)
         for arm in args.arms:
@@ -216,11 +229,42 @@ def run(args: argparse.Namespace) -> None:
                     continue
                 began = time.monotonic()
                 quality = measure(seed, arm, owner, classifier)
-                row = {"seed": number, "owner": owner, "arm": arm, "images": args.images, "commit": commit}
-                row |= {"split": args.split, "seconds": round(time.monotonic() - began, 1), "quality": quality}
+                row = settings | {"seed": number, "owner": owner, "arm": arm, "quality": quality}
+                row["seconds"] = round(time.monotonic() - began, 1)
                 with out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(number, owner, arm, row["seconds"], flush=True)
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "recall, minority": lambda q: q["minority"]["recall"],
+    "recall, majority": lambda q: q["majority"]["recall"],
+    "Fréchet, pooled": lambda q: q["frechet"],
+    "Fréchet, per class": lambda q: q["overall"]["frechet"],
+    "Fréchet PCA-20, pooled": lambda q: q["frechet_pca"],
+    "Fréchet PCA-20, per class": lambda q: q["frechet_pca_classes"],
+    "coverage": lambda q: q["coverage"],
+    "density": lambda q: q["density"],
+    "told apart": lambda q: q["two_sample_accuracy"],
+    "copies ½, minority": lambda q: q["minority"]["copies_half"],
+}
+
+
+def table(out: Path) -> str:
+    """Markdown: per arm and measure the mean over owners, then mean ± standard deviation over seeds."""
+    rows = [json.loads(line) for line in out.open()]
+    lines = ["| arm | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for arm in ARMS:
+        cells = []
+        for measure_of in COLUMNS.values():
+            by_seed: dict[int, list[float]] = {}
+            for row in rows:
+                if row["arm"] == arm and (value := measure_of(row["quality"])) is not None:
+                    by_seed.setdefault(row["seed"], []).append(value)
+            means = [mean(values) for values in by_seed.values()]
+            cells.append(f"{mean(means):.3f} ± {stdev(means):.3f}" if len(means) > 1 else "–")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def arguments() -> argparse.Namespace:
@@ -229,13 +273,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--images", type=int, default=250_000, help="image-steps of every training")
-    parser.add_argument("--split", default="0.5", help="σ of the hand-over for summary and oracle")
+    parser.add_argument("--split", default="1", help="σ of the hand-over for summary and oracle")
     parser.add_argument("--width", type=int, default=16, help="base width of every network")
-    parser.add_argument("--share", type=float, default=1 / 3, help="share of a personal batch from the releases")
+    parser.add_argument("--release-sigma", type=float, default=0.25, help="lowest σ of draws in personal training")
     parser.add_argument("--table", action="store_true", help="print the table of OUT instead of computing rows")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     args = arguments()
-    run(args)
+    if args.table:
+        print(table(Path(args.out)))
+    else:
+        run(args)

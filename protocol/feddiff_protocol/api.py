@@ -437,6 +437,9 @@ class PersonalSpec(Wire):
     release_share: ShareOrNothing = Field(
         Decimal("0.333"), description="share of each batch that comes from the releases instead of own records"
     )
+    release_sigma: Positive | None = Field(
+        None, description="summary: lowest noise-to-signal at which draws are trained on; splitSigma unless said"
+    )
     clip_mix: bool = Field(False, description="also train on clipped images, told apart by a flag (CVPR 2026)")
 
 
@@ -513,6 +516,8 @@ class FederatedDiffusionJobSpec(Wire):
                     "diffusion.splitSigma: with mechanism gaussian the split follows from epsilon, delta and clipNorm,"
                     f" found {self.diffusion.split_sigma}; remove it"
                 )
+            if self.personal.release_sigma is not None:
+                raise ValueError("personal.releaseSigma: belongs to mechanism summary, found gaussian; remove it")
             if self.shared.denoiser == "closedForm":
                 raise ValueError("shared.denoiser: closedForm needs mechanism summary, found gaussian; use trained")
         return self

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import PrivacySpec, Timeline
-from feddiff_protocol.promise import schedule_of
+from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainPersonalSpec
 
 from .batches import Source, clip_mixed, loss_of, mixed, records
@@ -20,7 +20,7 @@ from .network import Denoiser
 from .records import Records, read_source
 from .stage import report_progress, run_stage
 from .stores import open_store
-from .train_shared import EMA_WIDTH, SIGMA_DATA, Releases, above_the_split, image_shape, network_config, read_releases
+from .train_shared import EMA_WIDTH, SIGMA_DATA, Releases, from_releases, image_shape, network_config, read_releases
 from .training import Progress, distributed, train
 
 
@@ -64,7 +64,9 @@ def source_of(
         source = clip_mixed(source, lambda x_BCHW: clipped_images(x_BCHW, spec.privacy))
     if spec.personal.release_share == 0 or spec.diffusion.timeline is Timeline.RESTARTED:
         return source
-    return mixed(source, above_the_split(spec, releases, device), float(spec.personal.release_share))
+    lowest = spec.personal.release_sigma or promise_of(spec.privacy, spec.diffusion).split_sigma
+    released = from_releases(spec, releases, float(lowest), device)
+    return mixed(source, released, float(spec.personal.release_share))
 
 
 def images_of(own: Records, spec: OwnerStageSpec) -> tuple[Tensor, Tensor]:

@@ -73,16 +73,19 @@ def shared_loss(spec: TrainSharedSpec, releases: Releases, sigma_data: float, de
         x_NCHW = schedule.alpha(step) * y_NCHW  # the released images themselves play the clean ones
         source = records(x_NCHW.to(device), label_N.to(device), (schedule.sigmas[0], schedule.sigmas[-1]))
     else:
-        source = above_the_split(spec, releases, device)
+        source = from_releases(spec, releases, promise_of(spec.privacy, spec.diffusion).split_sigma, device)
     return loss_of(source, sigma_data)
 
 
-def above_the_split(spec: TrainSharedSpec | OwnerStageSpec, releases: Releases, device: torch.device) -> Source:
-    """Training data from what everybody released, at noise levels above the split."""
+def from_releases(
+    spec: TrainSharedSpec | OwnerStageSpec, releases: Releases, lowest_sigma: float, device: torch.device
+) -> Source:
+    """Training data from what everybody released, at noise levels from `lowest_sigma` up; noised images have none
+    to offer below the split."""
     split = promise_of(spec.privacy, spec.diffusion).split_sigma
     highest = schedule_of(spec.diffusion).sigmas[-1]
     if spec.privacy.mechanism is Mechanism.SUMMARY:
-        return pool_draws(pool_of(releases, spec).to(device), image_shape(spec.image), (split, highest))
+        return pool_draws(pool_of(releases, spec).to(device), image_shape(spec.image), (lowest_sigma, highest))
     y_NCHW, label_N = pooled_images(releases)
     return noised_images(y_NCHW.to(device), label_N.to(device), split, highest)
 

@@ -1,0 +1,333 @@
+"""The stage `train-shared` on real releases of two small owners: what it leaves, and that it sees nothing but releases.
+
+The data: 4×4 images of two classes, each with a bright half of its own; what owner a has much of, b has little of.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from feddiff_protocol import layout
+from feddiff_protocol.api import parse
+from feddiff_protocol.errors import DataInvalid, Interrupted
+from feddiff_protocol.promise import promise_of, schedule_of
+from feddiff_protocol.stages import ReleaseSpec, TrainSharedSpec
+from feddiff_trainer import train_shared, training
+from feddiff_trainer.batches import Source
+from feddiff_trainer.denoisers import denoiser_from_bytes
+from feddiff_trainer.denoising import ClassGaussian
+from feddiff_trainer.network import Denoiser
+from feddiff_trainer.pictures import read_samples
+from feddiff_trainer.pooling import pool
+from feddiff_trainer.release import release
+from feddiff_trainer.stores import open_store
+from feddiff_trainer.train_shared import read_releases
+from feddiff_trainer.training import BatchLoss, World
+
+UID = "uid-00000001"
+COUNTS = {"a": (120, 30), "b": (30, 120)}
+SUMMARY = {"mechanism": "summary", "clipNorm": "4", "momentClipNorm": "2"}, {"splitSigma": "0.25"}
+JOBS = {
+    "summary": SUMMARY,
+    "closedForm": SUMMARY,
+    "continued": ({"mechanism": "gaussian", "clipNorm": "1"}, {"timeline": "continued"}),
+    "restarted": ({"mechanism": "gaussian", "clipNorm": "1"}, {"timeline": "restarted"}),
+}
+TRAINED = [job for job in JOBS if job != "closedForm"]
+STEPS, BATCH = 50, 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One job's undisturbed run. losses: of every step, the network's and its own before training."""
+
+    spec: TrainSharedSpec
+    listed_before: set[str]
+    weights: bytes
+    samples: bytes
+    losses: list[tuple[float, float]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
+    @cache
+    def run(job: str) -> Finished:
+        spec, losses = prepared(tmp_path_factory.mktemp(job), job), list[tuple[float, float]]()
+        before = set(open_store(spec.federation_store).list(f"{UID}/"))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            watch_losses(monkeypatch, lambda *pair: losses.append(pair))
+            return Finished(spec, before, *result(spec), losses)
+
+    return run
+
+
+def write_records(path: Path, counts: tuple[int, ...], seed: int) -> None:
+    rng, labels_N = np.random.default_rng(seed), np.repeat(np.arange(len(counts)), counts)
+    images_NCHW = rng.uniform(0.0, 0.3, (len(labels_N), 1, 4, 4))
+    for label in range(len(counts)):
+        images_NCHW[labels_N == label, :, 2 * label : 2 * label + 2] += 0.6
+    np.savez(path, images=images_NCHW, labels=labels_N)
+
+
+def prepared(folder: Path, job: str, noise: int = 0) -> TrainSharedSpec:
+    """The spec of a job whose two owners have released, with noise of this seed."""
+    privacy, diffusion = JOBS[job]
+    common = {
+        "job": {"uid": UID, "name": "digits", "namespace": "research"},
+        "attempt": 1,
+        "image": {"channels": 1, "height": 4, "width": 4},
+        "privacy": privacy | {"epsilon": "10", "delta": "1e-5"},
+        "diffusion": diffusion,
+        "federationStore": (folder / "federation").as_uri(),
+    }
+    document = common | {
+        "releases": [released(folder, client, common, noise) for client in COUNTS],
+        "numClasses": 2,
+        "network": {"baseWidth": 8},
+        "shared": {"denoiser": "closedForm" if job == "closedForm" else "trained"}
+        | {"images": STEPS * BATCH, "batch": BATCH},
+        "sampling": {"steps": 8},
+        "checkpoints": str(folder / "checkpoints"),
+    }
+    return parse(TrainSharedSpec, document, "spec")
+
+
+def released(folder: Path, client: str, common: dict[str, Any], noise: int) -> dict[str, str]:
+    owner = folder / f"owner-{client}"
+    owner.mkdir(parents=True)
+    write_records(owner / "records.npz", COUNTS[client], seed=ord(client))
+    document = common | {
+        "client": client,
+        "release": layout.release_name(UID, client, "dataset"),
+        "source": {"format": "npz", "path": str(owner / "records.npz")},
+        "classes": {"count": 2, "records": COUNTS[client]},
+        "ownerStore": (owner / "store").as_uri(),
+    }
+    spec = parse(ReleaseSpec, document, "release")
+    sha256 = release(
+        spec,
+        owner_store=open_store(spec.owner_store),
+        federation_store=open_store(spec.federation_store),
+        normals=np.random.default_rng([noise, ord(client)]).standard_normal,
+    )
+    return {"client": client, "manifestSha256": sha256}
+
+
+def result(spec: TrainSharedSpec) -> tuple[bytes, bytes]:
+    """Denoiser and samples that the stage left, the receipt having named the denoiser."""
+    outputs = train_shared.body(spec)
+    store = open_store(spec.federation_store)
+    data = store.get(layout.shared_denoiser(UID))
+    assert outputs == {"denoiser": hashlib.sha256(data).hexdigest()}
+    return data, store.get(layout.shared_samples(UID))
+
+
+def watch_losses(monkeypatch: pytest.MonkeyPatch, act: Callable[[float, float], None]) -> None:
+    """Calls act(loss, loss of the network of the first step) in every step, both on the same batch."""
+    original = train_shared.loss_of
+
+    def loss_of(source: Source, sigma_data: float) -> BatchLoss:
+        batch_loss, first = original(source, sigma_data), list[nn.Module]()
+
+        def loss(model: nn.Module, generator: torch.Generator, count: int, mine: slice) -> Tensor:
+            first.extend([] if first else [copy.deepcopy(model)])
+            twin = generator.clone_state()
+            value = batch_loss(model, generator, count, mine)
+            with torch.no_grad():
+                act(value.item(), batch_loss(first[0], twin, count, mine).item())
+            return value
+
+        return loss
+
+    monkeypatch.setattr(train_shared, "loss_of", loss_of)
+
+
+def content(weights: bytes) -> tuple[Any, bytes]:
+    """Header and values. The format leaves the order of the header's fields open, and the library shuffles it."""
+    start = 8 + int.from_bytes(weights[:8], "little")
+    return json.loads(weights[8:start]), weights[start:]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_denoiser_and_samples_are_in_the_federation_store(finished: Callable[[str], Finished], job: str) -> None:
+    run = finished(job)
+    after = set(open_store(run.spec.federation_store).list(f"{UID}/"))
+    assert after - run.listed_before == {layout.shared_denoiser(UID), layout.shared_samples(UID)}
+    assert isinstance(denoiser_from_bytes(run.weights, "shared"), ClassGaussian if job == "closedForm" else Denoiser)
+    images = read_samples(run.samples, "samples", ["images"], run.spec.image, 2)
+    assert images.labels_N.tolist() == [0] * 10 + [1] * 10 and images.images["images"].std() > 0
+
+
+def test_closed_form_is_the_denoiser_of_the_pool(finished: Callable[[str], Finished]) -> None:
+    spec, found = finished("closedForm").spec, denoiser_from_bytes(finished("closedForm").weights, "shared")
+    y_BCHW, label_B = (
+        torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double(),
+        torch.arange(20) % 2,
+    )
+    expected, others = (pool_of_all(spec, weight) for weight in (0.5, 0.9))
+    for sigma in (0.3, 3.0, 70.0):
+        sigma_B = torch.full((20,), sigma, dtype=torch.float64)
+        torch.testing.assert_close(found(y_BCHW, sigma_B, label_B), expected(y_BCHW, sigma_B, label_B))
+    sigma_B = torch.full((20,), 0.3, dtype=torch.float64)
+    assert not torch.allclose(found(y_BCHW, sigma_B, label_B), others(y_BCHW, sigma_B, label_B), atol=1e-3)
+
+
+def pool_of_all(spec: TrainSharedSpec, own_covariance_weight: float) -> ClassGaussian:
+    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    return ClassGaussian(*pool(releases, 0.05, own_covariance_weight))
+
+
+def test_closed_form_shows_each_class_as_it_is(finished: Callable[[str], Finished]) -> None:
+    """The data's own means, 2·pixel - 1, are what noise far above the split is answered with."""
+    found = denoiser_from_bytes(finished("closedForm").weights, "shared")
+    label_B = torch.arange(2)
+    x0_BHW = found(torch.zeros(2, 1, 4, 4), torch.full((2,), 1000.0), label_B)[:, 0]
+    bright, dark = 2 * 0.75 - 1, 2 * 0.15 - 1
+    expected_BHW = torch.full((2, 4, 4), dark)
+    expected_BHW[0, :2] = expected_BHW[1, 2:] = bright
+    assert (x0_BHW - expected_BHW).abs().max() < 0.15
+
+
+def test_closed_form_goes_where_the_samples_are_drawn(tmp_path: Path) -> None:
+    spec = prepared(tmp_path, "closedForm")
+    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    denoiser = train_shared.shared_denoiser(spec, releases, World(0, 1, torch.device("meta")))
+    assert {buffer.device.type for buffer in denoiser.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("job", TRAINED)
+def test_loss_falls(finished: Callable[[str], Finished], job: str) -> None:
+    """Below that of the untrained network on the very same batches, in the last third of the steps."""
+    losses, untrained = (sum(values[-STEPS // 3 :]) for values in zip(*finished(job).losses, strict=True))
+    assert len(finished(job).losses) == STEPS and losses < 0.97 * untrained
+
+
+def test_trained_on_summaries_it_comes_near_the_closed_form(finished: Callable[[str], Finished]) -> None:
+    """Above the split, where it was trained. Untrained, the estimate is c_skip·y, nearly zero at these levels."""
+    run = finished("summary")
+    found, exact = denoiser_from_bytes(run.weights, "shared"), pool_of_all(run.spec, 0.5)
+    generator, label_B = torch.Generator().manual_seed(2), torch.arange(200) % 2
+    sigma_B = torch.full((200,), 2.0)
+    y_BCHW = exact.draw(label_B, (1, 4, 4), generator).float() + 2 * torch.randn(200, 1, 4, 4, generator=generator)
+    expected = exact(y_BCHW, sigma_B, label_B)
+    untrained = 0.25 / (4 + 0.25) * y_BCHW
+    assert (found(y_BCHW, sigma_B, label_B) - expected).norm() < 0.5 * (untrained - expected).norm()
+
+
+def source_of(spec: TrainSharedSpec, monkeypatch: pytest.MonkeyPatch) -> tuple[Source, float]:
+    """What the training draws from, and its sigma_data."""
+    seen = []
+    monkeypatch.setattr(train_shared, "loss_of", lambda *arguments: seen.append(arguments))
+    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    config_sigma_data = train_shared.sigma_data_of(spec)
+    train_shared.shared_loss(spec, releases, config_sigma_data, torch.device("cpu"))
+    return seen[0]
+
+
+def test_continued_trains_above_the_split_on_what_is_noised_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = prepared(tmp_path, "continued")
+    source, sigma_data = source_of(spec, monkeypatch)
+    batch, split = source(2000, torch.Generator().manual_seed(1)), promise_of(spec.privacy, spec.diffusion).split_sigma
+    assert batch.sigma_B.min() >= split - 1e-6 and batch.sigma_B.max() > 100
+    assert batch.sigma0_B.unique().tolist() == pytest.approx([split])
+    assert float(batch.y0_BCHW.var()) == pytest.approx(split**2 + 0.07, rel=0.03)  # 0.07: of clipped images
+    assert sigma_data == 0.5
+
+
+def test_restarted_trains_at_all_levels_on_released_images_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = prepared(tmp_path, "restarted")
+    source, sigma_data = source_of(spec, monkeypatch)
+    batch, promise = source(2000, torch.Generator().manual_seed(1)), promise_of(spec.privacy, spec.diffusion)
+    assert batch.sigma_B.min() < 0.1 and batch.sigma0_B.unique().tolist() == [0.0]
+    alpha = schedule_of(spec.diffusion).alpha(promise.split_step)
+    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    known = {x.numpy().tobytes() for release in releases for x in alpha * release.images_NCHW}
+    assert {x.numpy().tobytes() for x in batch.y0_BCHW} <= known
+    assert float(batch.y0_BCHW.std()) == pytest.approx(sigma_data, rel=0.1)
+
+
+def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
+    spec = prepared(tmp_path, "continued")
+    key, store = layout.manifest(UID, "b"), open_store(spec.federation_store)
+    store.put(key, store.get(key).replace(b'"client":"b"', b'"client":"c"'))
+    with pytest.raises(DataInvalid, match="client b: expected a manifest with SHA-256"):
+        train_shared.body(spec)
+    assert not store.exists(layout.shared_denoiser(UID)) and not Path(spec.checkpoints).exists()
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_released_bytes_alone_decide_the_result(finished: Callable[[str], Finished], tmp_path: Path, job: str) -> None:
+    """The releases in another place, without the owners, give the same; other noise on the same records does not."""
+    run = finished(job)
+    for reference in run.spec.releases:
+        copy_release(run.spec, reference.client, tmp_path / "federation")
+    torch.manual_seed(7)  # nor does the process's own generator count
+    moved = {"federation_store": (tmp_path / "federation").as_uri(), "checkpoints": str(tmp_path / "checkpoints")}
+    weights, samples = result(run.spec.model_copy(update=moved))
+    assert content(weights) == content(run.weights) and samples == run.samples
+    if job == "closedForm":
+        assert content(result(prepared(tmp_path / "other", job, noise=1))[0]) != content(weights)
+
+
+def copy_release(spec: TrainSharedSpec, client: str, folder: Path) -> None:
+    store, place = open_store(spec.federation_store), open_store(folder.as_uri())
+    for key in store.list(layout.client_prefix(UID, client)):
+        place.put(key, store.get(key))
+
+
+@pytest.mark.parametrize("job", TRAINED)
+def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
+    finished: Callable[[str], Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
+    run, losses = finished(job), list[float]()
+    moved = {"federation_store": (tmp_path / "federation").as_uri(), "checkpoints": str(tmp_path / "checkpoints")}
+    spec, store = run.spec.model_copy(update=moved), open_store(moved["federation_store"])
+    for reference in spec.releases:
+        copy_release(run.spec, reference.client, tmp_path / "federation")
+
+    def act(loss: float, _: float) -> None:
+        losses.append(loss)
+        if len(losses) == STEPS // 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    watch_losses(monkeypatch, act)
+    with pytest.raises(Interrupted) as stopped:
+        train_shared.body(spec)
+    assert stopped.value.exit_code == 75
+    assert not store.exists(layout.shared_denoiser(UID)) and not store.exists(layout.shared_samples(UID))
+    weights, samples = result(spec)
+    assert content(weights) == content(run.weights) and samples == run.samples
+    assert losses == [loss for loss, _ in run.losses]  # step by step, none of them twice
+
+
+def test_the_public_loss_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+    monkeypatch.setattr(training, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(train_shared, "report_progress", lambda *line, **public: lines.append((line, public)))
+    train_shared.body(prepared(tmp_path, "summary"))
+    assert lines[-1][0] == (STEPS * BATCH, STEPS * BATCH, "images")
+    assert all(set(public) == {"loss", "images_per_second"} for _, public in lines)

@@ -171,7 +171,8 @@ def run(
 ) -> None:
     """Carry a job out on this machine. Stopped or crashed? The same command goes on where it was.
 
-    Each owner's ledger and private results lie beside the records, in feddiff/; the run's folder can be deleted.
+    Each owner's ledger and private results lie beside the records, in feddiff/. Deleting the run's folder
+    forgets no charge: run again, it is a new release.
     """
     from .documents import load_job
     from .engine import Setting, run_job, usable_cores
@@ -219,7 +220,9 @@ def _tell_outcome(outcome: "Outcome", folder: Path, files: list[Path], as_json: 
         if outcome.exit_code == 0:
             job_report, owners = report_paths(RunFolder(folder))
             reports = {"jobReport": str(job_report), "ownerReports": {name: str(path) for name, path in owners.items()}}
-        said = {"message": outcome.message, "log": str(outcome.log)} if outcome.message else {}
+        said = {"message": outcome.message} if outcome.message else {}
+        if outcome.log is not None:
+            said["log"] = str(outcome.log)
         phase = outcome.status.phase.value
         json_logger().info("finished", folder=str(folder), phase=phase, exitCode=outcome.exit_code, **said, **reports)
     if outcome.exit_code:

@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
-from importlib import metadata
 
 from feddiff_protocol import accountant, layout
 from feddiff_protocol.api import ClassesSpec, Mechanism
@@ -19,7 +18,7 @@ from feddiff_protocol.stages import BudgetLine, Duration, ReportSpec
 
 from .pages import Banner, Html, Page, bullets, definitions, element, joined, paragraph, render, rows, section, table
 from .pictures import LabelledImages, Pixels, bar, grid, image, read_samples, roc_bound
-from .stage import run_stage
+from .stage import installed_versions, run_stage
 from .stores import Store, open_store
 
 SET = "images"  # its name in the file of the shared denoiser's samples
@@ -59,11 +58,6 @@ def _check_denoiser(store: Store, spec: ReportSpec) -> None:
             f"{key}: expected the shared denoiser of this job, SHA-256 {spec.shared_denoiser_sha256}, found {found};"
             " somebody replaced it: train it again"
         )
-
-
-def installed_versions() -> dict[str, str]:
-    versions = {package: metadata.version(package) for package in ("feddiff", "numpy", "torch")}
-    return versions | {"python": ".".join(str(part) for part in sys.version_info[:3])}
 
 
 def job_report(spec: ReportSpec, samples: LabelledImages, versions: Mapping[str, str]) -> bytes:

@@ -147,11 +147,12 @@ def _receipt(spec: StageSpec, outputs: Mapping[str, str], milliseconds: int) -> 
         attempt=spec.attempt,
         outputs=dict(outputs),
         milliseconds=milliseconds,
-        versions=_versions(),
+        versions=installed_versions(),
     )
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
     # Read from the installed packages, so that a release need not load torch to name its version.
     versions = {"python": ".".join(str(part) for part in sys.version_info[:3])}
     for package in ("feddiff", "torch", "numpy"):

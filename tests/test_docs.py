@@ -1,0 +1,249 @@
+"""The documentation says what the software does: commands, options, JSON keys, exit codes, links and samples.
+
+Every check returns what is wrong; each is also run on a text made wrong on purpose and must find that.
+"""
+
+import inspect
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+
+from feddiff import main as command
+from feddiff.documents import LocalJob, load_documents, load_job
+from feddiff.local_ledger import LocalLedger
+from feddiff.plan_report import plan_clients, plan_document
+from feddiff.run_folder import RunFolder
+from feddiff.scaffold import job_text, write_scaffold
+from feddiff.views import ledger_document, run_document
+from feddiff_protocol import errors
+from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, FeddiffError
+from feddiff_protocol.plan import Observed, plan
+from feddiff_trainer.check import CheckSpec, check
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+CLI = (DOCS / "cli.md").read_text()
+EXIT_CODES = (DOCS / "exit-codes.md").read_text()
+EXAMPLE_FOLDERS = sorted({path.parent for path in (ROOT / "examples").rglob("*.yaml")})
+PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+
+
+# ---- cli.md: commands and options ------------------------------------------------------------------------------
+
+
+def sections(text: str) -> dict[str, str]:
+    """Text below each heading "## `feddiff …`", by command; "" is `feddiff` itself."""
+    _, *parts = re.split(r"^## `feddiff ?(.*)`$", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def group() -> Any:
+    return typer.main.get_command(command.app)
+
+
+def wrong_options(text: str) -> list[str]:
+    """Commands, options and arguments that only the page or only the application has."""
+    written, app = sections(text), group()
+    known = {"": app, **app.commands}
+    wrong = [f"command {name!r}" for name in written.keys() ^ known.keys()]
+    for name in written.keys() & known.keys():
+        usage = next(line for line in written[name].splitlines() if line.startswith("Usage:"))
+        rows = re.findall(r"^\| `(--[a-z-]+)", written[name], flags=re.MULTILINE)
+        mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", written[name]))
+        arguments = [each.metavar for each in known[name].params if each.param_type_name == "argument"]
+        options = {option for each in known[name].params if each.param_type_name == "option" for option in each.opts}
+        options |= {"--help"} if name == "" else set()
+        wrong += [f"{name}: {each} in the text" for each in mentioned ^ options]
+        wrong += [f"{name}: {each} in the table" for each in set(rows) ^ options]
+        wrong += [f"{name}: {each} in the usage line" for each in options - {"--help"} if each not in usage]
+        wrong += [f"{name}: argument {each}" for each in arguments if f" {each}" not in usage]
+    return wrong
+
+
+def test_the_command_page_has_every_command_argument_and_option_and_no_other() -> None:
+    assert wrong_options(CLI) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("## `feddiff status`", "## `feddiff state`"),
+        ("| `--owners N`", "| `--parties N`"),
+        ("[--processes N]", ""),
+        ("feddiff plan FILE...", "feddiff plan JOB"),
+        ("Reads documents and ledgers", "Reads documents and ledgers (--quiet)"),
+    ],
+)
+def test_a_command_page_that_is_wrong_in_one_word_is_noticed(right: str, wrong: str) -> None:
+    assert right in CLI
+    assert wrong_options(CLI.replace(right, wrong)) != []
+
+
+def test_required_options_are_called_required() -> None:
+    for name, known in group().commands.items():
+        for each in known.params:
+            if each.param_type_name == "option":
+                row = next(line for line in sections(CLI)[name].splitlines() if line.startswith(f"| `{each.opts[0]}"))
+                assert each.required == ("required" in row), row
+
+
+# ---- cli.md: JSON keys -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> LocalJob:
+    write_scaffold(tmp_path / "mine", 2)
+    return load_job([tmp_path / "mine" / "job.yaml"])
+
+
+def keys(value: Any, free: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Keys of a JSON value at any depth; below a name of `free` the next keys are data, not names."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from keys(each, free)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            below = list(inner.values()) if name in free and isinstance(inner, dict) else inner
+            yield from keys(below, free)
+
+
+def missing_keys(name: str, value: Any, text: str, free: frozenset[str] = frozenset()) -> set[str]:
+    return {key for key in keys(value, free) if f"`{key}`" not in sections(text)[name]}
+
+
+def test_plan_and_ledger_keys_are_on_the_page(job: LocalJob) -> None:
+    planned = plan_document(job, plan_clients(job))
+    assert missing_keys("plan", planned, CLI, frozenset({"refusals"})) == set()
+    LocalLedger(job.first_dataset).reserve(job.document, "uid", "a", job.promise.charge)
+    document = ledger_document(job.first_dataset)
+    assert document["entries"]
+    assert missing_keys("ledger", {"datasets": [document]}, CLI) == set()
+    assert missing_keys("plan", planned, CLI.replace("`paperEpsilon`", "`looserEpsilon`")) == {"paperEpsilon"}
+
+
+def test_status_keys_are_on_the_page(job: LocalJob, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(job)
+    folder.write_status(plan(job.document, Observed({}, {})).status, None)
+    document = run_document(folder)
+    assert document["conditions"]
+    assert missing_keys("status", document, CLI, frozenset({"dropped"})) == set()
+
+
+def test_check_keys_are_on_the_page(tmp_path: Path) -> None:
+    text = job_text(1).replace("[1000, 1000]", "[2, 2]").replace("height: 28, width: 28", "height: 8, width: 8")
+    (tmp_path / "job.yaml").write_text(text)
+    (tmp_path / "owner-a").mkdir()
+    np.savez(tmp_path / "owner-a" / "train.npz", images=np.full((4, 8, 8), 0.5), labels=np.array([0, 0, 1, 1]))
+    job = load_job([tmp_path / "job.yaml"])
+    spec = job.first_dataset.document.spec
+    answer = check(
+        CheckSpec(
+            source=job.first_dataset.source, image=spec.image, classes=spec.classes, privacy=job.document.spec.privacy
+        )
+    )
+    said = {"notice": "", "datasets": {job.first_dataset.key: answer}}
+    assert missing_keys("check", said, CLI, frozenset({"datasets", "normQuantiles", "tensors"})) == set()
+
+
+# ---- exit-codes.md ---------------------------------------------------------------------------------------------
+
+
+def wrong_exit_codes(text: str) -> list[str]:
+    """Classes, codes and retries that differ between the table and protocol/feddiff_protocol/errors.py."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if re.match(r"\| \d", line)]
+    written = {(name, int(code)) for code, names, *_ in rows for name in re.findall(r"`(\w+)`", names)}
+    classes = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, FeddiffError)]
+    known = {(each.__name__, each.exit_code) for each in classes if each is not FeddiffError}
+    retried = {int(code) for code, *_, answer in rows if answer == "yes"} - {1}
+    final = {int(code) for code, *_, answer in rows if answer == "no"}
+    wrong = [f"{name} {code}" for name, code in written ^ known]
+    wrong += [f"{code} retried" for code in retried ^ RETRIED_EXIT_CODES]
+    return wrong + [f"{code} final" for code in final ^ FINAL_EXIT_CODES]
+
+
+def test_the_table_of_exit_codes_is_the_tree_of_errors() -> None:
+    assert wrong_exit_codes(EXIT_CODES) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (r"`DataInvalid`", ""),
+        (r"\| 66 \|", "| 67 |"),
+        (r"`PrivacyRefusal`", "`PrivacyRefused`"),
+        (r"(\| 75 .*)\| yes \|", r"\1| no |"),
+        (r"(\| 77 .*)\| no \|", r"\1| yes |"),
+    ],
+)
+def test_a_wrong_table_of_exit_codes_is_noticed(right: str, wrong: str) -> None:
+    changed = re.sub(right, wrong, EXIT_CODES)
+    assert changed != EXIT_CODES
+    assert wrong_exit_codes(changed) != []
+
+
+def test_help_names_the_codes_of_the_table() -> None:
+    in_table = {int(code) for code in re.findall(r"^\| (\d+) \|", EXIT_CODES, flags=re.MULTILINE)}
+    assert {int(code) for code in re.findall(r"\b(\d+) [a-z]", command.EXIT_CODES)} == in_table
+
+
+# ---- links -----------------------------------------------------------------------------------------------------
+
+
+def dead_links(page: Path, text: str) -> list[str]:
+    """Relative links of `text` (a Markdown page at `page`) to files that are not there. Code is not searched."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    targets = re.findall(r"\]\(\s*<?([^)\s>]+)", prose) + re.findall(r"""(?:src|href)=["']([^"']+)""", prose)
+    relative = [each.split("#")[0] for each in targets if not re.match(r"[a-z][a-z0-9+.-]*:|#", each)]
+    return [each for each in relative if not (page.parent / each).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    assert dead_links(page, page.read_text()) == []
+
+
+def test_a_dead_link_is_noticed() -> None:
+    text = "[a](cli.md#feddiff) [b](nowhere.md) `[c](code.md)` [d](https://example.org) ![e](no.png 'title')"
+    assert dead_links(DOCS / "page.md", text) == ["nowhere.md", "no.png"]
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------
+
+
+def planned_jobs(files: list[Path]) -> list[str]:
+    """Names of the jobs in `files`, each of which, with the datasets of all files, gives an admitted plan."""
+    of_job = [file for file in files if load_documents([file]).jobs]
+    names = []
+    for file in of_job:
+        job = load_job([*(each for each in files if each not in of_job), file])
+        clients = plan_clients(job)
+        assert plan_document(job, clients)["refusals"] == {}
+        assert [each.client for each in clients] == [each.name for each in job.document.spec.clients]
+        names.append(job.document.metadata.name)
+    return names
+
+
+@pytest.mark.parametrize("folder", EXAMPLE_FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_every_job_of_the_examples_gives_a_plan(folder: Path, tmp_path: Path) -> None:
+    files = [Path(shutil.copy(file, tmp_path)) for file in sorted(folder.glob("*.yaml"))]
+    assert planned_jobs(files)
+
+
+@pytest.mark.parametrize("num_owners", [1, 2, 26])
+def test_what_init_writes_gives_a_plan(num_owners: int, tmp_path: Path) -> None:
+    written = write_scaffold(tmp_path / "mine", num_owners)
+    assert planned_jobs([file for file in written if file.suffix == ".yaml"]) == ["first"]
+
+
+def test_a_sample_that_asks_for_more_than_the_owners_allow_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(job_text(2).replace('maxEpsilon: "10"', 'maxEpsilon: "9"'))
+    with pytest.raises(AssertionError):
+        planned_jobs([tmp_path / "job.yaml"])

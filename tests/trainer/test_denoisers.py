@@ -42,18 +42,22 @@ def test_a_pooled_gaussian_read_back_is_the_same_function() -> None:
     torch.testing.assert_close(pool(*inputs()), again(*inputs()))
 
 
+def test_equal_denoisers_are_equal_bytes() -> None:
+    assert len({denoiser_bytes(trained_network()) for _ in range(20)}) == 1
+
+
 def other_safetensors() -> bytes:
     return safetensors.torch.save({"x": torch.zeros(1)}, {"format": "something else"})
 
 
 def weights_missing() -> bytes:
-    header = {"format": "feddiff.denoiser/1", "kind": "unet", "config": json.dumps(CONFIG.__dict__)}
-    return safetensors.torch.save({"x": torch.zeros(1)}, header)
+    description = {"format": "feddiff.denoiser/1", "kind": "unet", "config": CONFIG.__dict__}
+    return safetensors.torch.save({"x": torch.zeros(1)}, {"denoiser": json.dumps(description)})
 
 
 def wrong_config() -> bytes:
-    header = {"format": "feddiff.denoiser/1", "kind": "unet", "config": '{"surprise": 1}'}
-    return safetensors.torch.save({"x": torch.zeros(1)}, header)
+    description = {"format": "feddiff.denoiser/1", "kind": "unet", "config": {"surprise": 1}}
+    return safetensors.torch.save({"x": torch.zeros(1)}, {"denoiser": json.dumps(description)})
 
 
 @pytest.mark.parametrize(

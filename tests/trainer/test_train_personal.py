@@ -149,6 +149,16 @@ def test_own_records_at_all_noise_levels_and_releases_above_the_split(tmp_path: 
     assert batch.sigma0_B[~own_B].unique().tolist() == pytest.approx([noised_for_ever])
 
 
+def test_draws_go_below_the_split_where_asked_and_noised_images_never(tmp_path: Path) -> None:
+    """Below the split a noised image says nothing: there is no less noise in it."""
+    for job, lowest in (("summary", 0.1), ("continued", None)):
+        spec = prepared(tmp_path / job, job, releaseShare="0.25", releaseSigma="0.1")
+        batch = batch_of(spec)
+        foreign_B = batch.sigma_B[~own_rows(spec, batch)]
+        lowest = lowest or promise_of(spec.privacy, spec.diffusion).split_sigma
+        assert lowest - 1e-6 <= foreign_B.min() < 1.1 * lowest
+
+
 def test_releases_of_all_owners_are_learnt_from(tmp_path: Path) -> None:
     spec = prepared(tmp_path, "continued", releaseShare="0.5")
     batch, known = batch_of(spec), dict[bytes, str]()

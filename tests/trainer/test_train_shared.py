@@ -5,7 +5,6 @@ The data: 4×4 images of two classes, each with a bright half of its own; what o
 
 import copy
 import hashlib
-import json
 import math
 import os
 import signal
@@ -163,12 +162,6 @@ def watch_losses(monkeypatch: pytest.MonkeyPatch, act: Callable[[float, float], 
     monkeypatch.setattr(train_shared, "loss_of", loss_of)
 
 
-def content(weights: bytes) -> tuple[Any, bytes]:
-    """Header and values. The format leaves the order of the header's fields open, and the library shuffles it."""
-    start = 8 + int.from_bytes(weights[:8], "little")
-    return json.loads(weights[8:start]), weights[start:]
-
-
 @pytest.mark.parametrize("job", JOBS)
 def test_denoiser_and_samples_are_in_the_federation_store(finished: Callable[[str], Finished], job: str) -> None:
     run = finished(job)
@@ -255,6 +248,14 @@ def source_of(spec: TrainSharedSpec, monkeypatch: pytest.MonkeyPatch) -> tuple[S
     return seen[0]
 
 
+def test_on_summaries_clean_draws_above_the_split_are_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = prepared(tmp_path, "summary")
+    source, sigma_data = source_of(spec, monkeypatch)
+    batch, split = source(2000, torch.Generator().manual_seed(1)), promise_of(spec.privacy, spec.diffusion).split_sigma
+    assert split - 1e-6 <= batch.sigma_B.min() < 1.1 * split and batch.sigma_B.max() > 100
+    assert batch.sigma0_B.unique().tolist() == [0.0] and sigma_data == 0.5
+
+
 def test_continued_trains_above_the_split_on_what_is_noised_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,9 +300,9 @@ def test_released_bytes_alone_decide_the_result(finished: Callable[[str], Finish
     torch.manual_seed(7)  # nor does the process's own generator count
     moved = {"federation_store": (tmp_path / "federation").as_uri(), "checkpoints": str(tmp_path / "checkpoints")}
     weights, samples = result(run.spec.model_copy(update=moved))
-    assert content(weights) == content(run.weights) and samples == run.samples
+    assert weights == run.weights and samples == run.samples
     if job == "closedForm":
-        assert content(result(prepared(tmp_path / "other", job, noise=1))[0]) != content(weights)
+        assert result(prepared(tmp_path / "other", job, noise=1))[0] != weights
 
 
 def copy_release(spec: TrainSharedSpec, client: str, folder: Path) -> None:
@@ -331,7 +332,7 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
     assert stopped.value.exit_code == 75
     assert not store.exists(layout.shared_denoiser(UID)) and not store.exists(layout.shared_samples(UID))
     weights, samples = result(spec)
-    assert content(weights) == content(run.weights) and samples == run.samples
+    assert weights == run.weights and samples == run.samples
     assert losses == [loss for loss, _ in run.losses]  # step by step, none of them twice
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -14,37 +15,39 @@ from .denoising import ClassGaussian
 from .network import Denoiser, NetworkConfig
 
 FORMAT = "feddiff.denoiser/1"
+KEY = "denoiser"
 
 
 def denoiser_bytes(denoiser: nn.Module) -> bytes:
-    """The weights of a Denoiser, or means and covariances of a ClassGaussian, with what builds them again."""
+    """The weights of a Denoiser, or means and covariances of a ClassGaussian, with what builds them again: equal
+    denoisers, equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
     config = asdict(denoiser.config) if isinstance(denoiser, Denoiser) else {}
     kind = "unet" if isinstance(denoiser, Denoiser) else "gaussian"
-    return safetensors.torch.save(tensors, {"format": FORMAT, "kind": kind, "config": json.dumps(config)})
+    description = json.dumps({"format": FORMAT, "kind": kind, "config": config}, sort_keys=True)
+    return safetensors.torch.save(tensors, {KEY: description})  # one key: safetensors writes several in any order
 
 
 def denoiser_from_bytes(data: bytes, where: str) -> Denoiser | ClassGaussian:
     """The denoiser in evaluation mode. Raises DataInvalid, naming `where`, if the bytes hold none."""
     try:
-        metadata, tensors = _header(data), safetensors.torch.load(data)
-        denoiser = _built(metadata, tensors)
+        denoiser = _built(_description(data), safetensors.torch.load(data))
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataInvalid(f"{where}: expected a denoiser of format {FORMAT}, found: {error}; train it again") from None
     return denoiser.eval().requires_grad_(False)
 
 
-def _header(data: bytes) -> Mapping[str, str]:
+def _description(data: bytes) -> Mapping[str, Any]:
     length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"format {metadata.get('format')!r}")
-    return dict(metadata)
+    description = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
+    if description["format"] != FORMAT:
+        raise ValueError(f"format {description['format']!r}")
+    return dict(description)
 
 
-def _built(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Denoiser | ClassGaussian:
-    if metadata["kind"] == "unet":
-        network = Denoiser(NetworkConfig(**json.loads(metadata["config"])))
+def _built(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Denoiser | ClassGaussian:
+    if description["kind"] == "unet":
+        network = Denoiser(NetworkConfig(**description["config"]))
         network.load_state_dict(dict(tensors))
         return network
     vectors_KDD = tensors["eigenvectors_KDD"]

@@ -217,9 +217,9 @@ def _gains(report: OwnerReport) -> Html:
     return section(
         "What each gains and loses",
         paragraph(
-            "Against the personal denoiser alone. Distances within 5% of each other, recall within 5 points, other shares within 2 and "
-            "densities within 0.05 count as about the same. This is one run with one seed: differences a little larger "
-            "can still be chance."
+            "Against the personal denoiser alone. Distances within 5% of each other, recall within 5 points, other "
+            "shares within 2 and densities within 0.05 count as about the same. This is one run with one seed: "
+            "differences a little larger can still be chance."
         ),
         element("ul", *lines, cls="verdicts"),
         element("div", *(_card(report, measure, group) for measure in _card_measures(arms)), cls="cards"),

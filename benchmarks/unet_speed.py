@@ -8,11 +8,10 @@ widths are chosen so that its number of parameters comes within 5 % of ours. One
 
 import argparse
 import json
-import platform
-import resource
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -118,18 +117,28 @@ def main() -> None:
         for name, step in steps.items():
             speeds[name].append(args.steps * args.batch / seconds_of(step, args.steps, device))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    settings = {
+        "size": args.size,
+        "batch": args.batch,
+        "threads": args.threads,
+        "precision": "bf16" if device.type == "cuda" else "float32",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "torch": torch.__version__,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+    }
     for name, model in models.items():
-        row = {"network": name, "parameters": num_parameters(model), "size": args.size, "batch": args.batch}
-        row |= {
-            "images_per_second": {"min": min(speeds[name]), "median": median(speeds[name]), "max": max(speeds[name])}
-        }
-        row |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"}
-        row |= {"precision": "bf16" if device.type == "cuda" else "float32", "threads": args.threads, "commit": commit}
-        row |= {
-            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-            "torch": torch.__version__,
-        }
-        print(json.dumps(row))
+        speed = {"min": min(speeds[name]), "median": median(speeds[name]), "max": max(speeds[name])}
+        rounded = {key: round(value, 1) for key, value in speed.items()}
+        print(json.dumps({"network": name, "parameters": num_parameters(model), "images/s": rounded, **settings}))
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return "CPU"
 
 
 if __name__ == "__main__":

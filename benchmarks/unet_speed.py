@@ -116,7 +116,6 @@ def main() -> None:
     for _ in range(args.runs):
         for name, step in steps.items():
             speeds[name].append(args.steps * args.batch / seconds_of(step, args.steps, device))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     settings = {
         "size": args.size,
         "batch": args.batch,
@@ -124,14 +123,16 @@ def main() -> None:
         "precision": "bf16" if device.type == "cuda" else "float32",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "torch": torch.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit_name(),
     }
     for name, model in models.items():
         speed = {"min": min(speeds[name]), "median": median(speeds[name]), "max": max(speeds[name])}
         rounded = {key: round(value, 1) for key, value in speed.items()}
         print(json.dumps({"network": name, "parameters": num_parameters(model), "images/s": rounded, **settings}))
+
+
+def commit_name() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def cpu_name() -> str:

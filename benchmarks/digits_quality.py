@@ -199,7 +199,9 @@ def measure(seed: Seed, arm: str, owner: str, classifier: Any) -> dict[str, Any]
         minority=minority,
         seed=seed.seed,
     )
-    return asdict(quality) | principal_frechet(images.float() / 127.5 - 1, labels, held, held_labels)
+    measured = asdict(quality)
+    del measured["classes"]  # a hundred figures more a row
+    return measured | principal_frechet(images.float() / 127.5 - 1, labels, held, held_labels)
 
 
 def principal_frechet(
@@ -217,7 +219,9 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     out = Path(args.out)
     done = {(r["seed"], r["owner"], r["arm"]) for r in map(json.loads, out.open())} if out.exists() else set()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
     settings = {"commit": commit, "images": args.images, "split": args.split, "release_sigma": args.release_sigma}
     for number in args.seeds:
         seed = Seed(number, args.images, args.split, args.width, args.release_sigma)

@@ -32,6 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # panels would cost half of the time that --help takes
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXIT_CODES,
 )
@@ -103,7 +104,7 @@ def init(
     _next(f"put the records in place, then: feddiff check {_quoted(folder / 'job.yaml')}")
 
 
-@app.command()
+@app.command(short_help="For a data owner: hold the records against their description.")
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML with datasets, and the job to try if any.")],
     as_json: AsJson = False,
@@ -134,7 +135,7 @@ def check(
     _next(f"feddiff plan {_quoted(file)}")
 
 
-@app.command()
+@app.command(short_help="What a job would promise, and what it would cost.")
 def plan(files: Files, as_json: AsJson = False) -> None:
     """What a job would promise, and what it would cost each owner's budget. Starts and writes nothing.
 
@@ -262,7 +263,7 @@ def report(folder: RunDir) -> None:
     _next(f"feddiff sample {_quoted(folder)} --client NAME --images-per-class 1000 --out samples.npz")
 
 
-@app.command()
+@app.command(short_help="Every release, what they add up to, what remains.")
 def ledger(
     where: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="YAML with datasets, or the folder of a run.")],
     as_json: AsJson = False,

@@ -17,7 +17,6 @@ from feddiff_trainer.sampler import (
     levels_from,
     restarted,
     sampling_sigmas,
-    starting_noise,
 )
 
 SCHEDULE = Schedule(1000, 1e-4, 0.02)
@@ -35,6 +34,11 @@ def gaussian(scale: float = 1.0, extra: float = 0.0) -> ClassGaussian:
     """The denoiser of scale·x0 + √extra·z, x0 ~ N(MEAN, COVARIANCE)."""
     covariance_DD = scale**2 * COVARIANCE + extra * torch.eye(3)
     return ClassGaussian(scale * MEAN[None].double(), covariance_DD[None].double())
+
+
+def starting_noise(shape: tuple[int, ...], sigma: float, generator: torch.Generator) -> Tensor:
+    """y_BCHW = σ·z: at a σ far above the data's spread, all that is left of an image."""
+    return sigma * torch.randn(*shape, generator=generator)
 
 
 def deviation(x_BCHW: Tensor) -> float:

@@ -255,9 +255,9 @@ def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_answer(
     assert events_of(write, tmp_path, monkeypatch) == DURABLE
 
 
-@pytest.mark.parametrize("omitted", ["_write_durably", "_sync_folder"])
+@pytest.mark.parametrize("omitted", ["_write_durably", "sync_folder"])
 def test_mutant_that_does_not_sync_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, omitted: str) -> None:
-    unsynced = {"_write_durably": Path.write_bytes, "_sync_folder": lambda folder: None}
+    unsynced = {"_write_durably": Path.write_bytes, "sync_folder": lambda folder: None}
     monkeypatch.setattr(stores, omitted, unsynced[omitted])
     assert events_of("create", tmp_path, monkeypatch) != DURABLE
 

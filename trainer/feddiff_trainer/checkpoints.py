@@ -18,6 +18,8 @@ from torch import Tensor
 
 from feddiff_protocol.errors import DataInvalid, OutputFailed, StorageFailed
 
+from .stores import sync_folder
+
 NAME = re.compile(r"(?P<step>\d{12})-(?P<sha256>[0-9a-f]{64})\.safetensors")
 TEMPORARY = ".writing"
 log = structlog.get_logger()
@@ -118,11 +120,7 @@ def write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def _step(name: str) -> int:

@@ -16,7 +16,7 @@ from feddiff_protocol.api import DiffusionSpec, PrivacySpec, SamplingSpec, Timel
 from feddiff_protocol.promise import promise_of, schedule_of
 
 from .denoising import Denoise
-from .sampler import Sampler, ddpm_ancestral, hand_over, heun, restarted, sampling_sigmas
+from .sampler import Sampler, ddpm_ancestral, hand_over, heun, levels_from, restarted, sampling_sigmas
 
 CHUNK = 1024  # images carried through a sampler at once
 
@@ -59,7 +59,7 @@ def draw_both(
     """x0_NCHW by the shared denoiser from noise to the split and the personal one from there; y is unit noise."""
     sampler, levels = drawing.sampler(generator), drawing.levels(split=True)
     if drawing.restarts:
-        below = levels[levels <= drawing.split_sigma]
+        below = levels_from(levels, drawing.split_sigma)
         own = drawing.levels(split=False)
         return restarted(sampler, shared, personal, own[0] * y_NCHW, own, below, drawing.split_alpha, label_N)
     return sampler(hand_over(shared, personal, drawing.split_sigma), levels[0] * y_NCHW, levels, label_N)

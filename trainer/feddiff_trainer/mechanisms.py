@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,15 +245,6 @@ def pack_symmetric(S_DD: Float64) -> Float64:
     return packed_M
 
 
-def unpack_symmetric(values_M: Float64, size: int) -> Float64:
-    """S_DD of D = size: undoes `pack_symmetric`."""
-    rows, columns, scale_M = _triangle(size)
-    S_DD = np.empty((size, size))
-    S_DD[rows, columns] = S_DD[columns, rows] = values_M / scale_M
-    return S_DD
-
-
-@lru_cache(maxsize=2)
 def _triangle(size: int) -> tuple[Int64, Int64, Float64]:
     rows, columns = np.triu_indices(size)
     return rows, columns, np.where(rows == columns, 1.0, math.sqrt(2))

@@ -12,14 +12,13 @@ from decimal import Decimal, InvalidOperation
 
 from feddiff_protocol import accountant, layout
 from feddiff_protocol.api import ClassesSpec, Mechanism
-from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.promise import NOT_COVERED, Promise, promise_of
 from feddiff_protocol.stages import BudgetLine, Duration, ReportSpec
 
 from .pages import Banner, Html, Page, bullets, definitions, element, joined, paragraph, render, rows, section, table
 from .pictures import LabelledImages, Pixels, bar, grid, image, read_samples, roc_bound
 from .stage import installed_versions, run_stage
-from .stores import Store, open_store
+from .stores import get_verified, open_store
 
 SET = "images"  # its name in the file of the shared denoiser's samples
 SHOWN_PER_CLASS = 16
@@ -42,22 +41,12 @@ MECHANISMS = {
 def body(spec: ReportSpec) -> dict[str, str]:
     """The job report is in the federation store; its hash comes back. Raises DataInvalid for another denoiser's job."""
     store = open_store(spec.federation_store)
-    _check_denoiser(store, spec)
+    get_verified(store, layout.shared_denoiser(spec.job.uid), spec.shared_denoiser_sha256)  # the samples are its
     key = layout.shared_samples(spec.job.uid)
     samples = read_samples(store.get(key), key, [SET], spec.image, spec.classes.count)
     page = job_report(spec, samples, installed_versions())
     store.put(layout.job_report(spec.job.uid), page)
     return {"report": hashlib.sha256(page).hexdigest()}
-
-
-def _check_denoiser(store: Store, spec: ReportSpec) -> None:
-    key = layout.shared_denoiser(spec.job.uid)
-    found = hashlib.sha256(store.get(key)).hexdigest()
-    if found != spec.shared_denoiser_sha256:
-        raise DataInvalid(
-            f"{key}: expected the shared denoiser of this job, SHA-256 {spec.shared_denoiser_sha256}, found {found};"
-            " somebody replaced it: train it again"
-        )
 
 
 def job_report(spec: ReportSpec, samples: LabelledImages, versions: Mapping[str, str]) -> bytes:

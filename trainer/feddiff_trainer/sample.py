@@ -3,7 +3,6 @@
 All three start from the same noise. Images that a personal denoiser had a part in stay in the owner's store.
 """
 
-import hashlib
 import os
 import sys
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from feddiff_protocol import layout
-from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.stages import SampleSpec
 
 from .denoisers import denoiser_from_bytes
@@ -29,30 +27,22 @@ from .drawing import (
     to_pixels,
 )
 from .stage import report_progress, run_stage
-from .stores import Store, open_store
+from .stores import get_verified, open_store
 from .train_shared import image_shape
 
 
 def body(spec: SampleSpec) -> dict[str, str]:
     owner_store = open_store(spec.owner_store)
-    shared = read_shared(open_store(spec.federation_store), spec)
+    shared_key = layout.shared_denoiser(spec.job.uid)
+    shared = get_verified(open_store(spec.federation_store), shared_key, spec.shared_denoiser_sha256)
     key = layout.personal_denoiser(spec.job.uid, spec.client)
     personal = denoiser_from_bytes(owner_store.get(key), key)
-    images, label_N = draw_arms(spec, shared, personal, generator_of(spec))
+    images, label_N = draw_arms(spec, denoiser_from_bytes(shared, shared_key), personal, generator_of(spec))
     if spec.output is not None:
         save_npz(spec.output, images, label_N)
     else:
         owner_store.put(layout.samples(spec.job.uid, spec.client), pack(images, label_N))
     return {}
-
-
-def read_shared(store: Store, spec: SampleSpec) -> Denoise:
-    """The shared denoiser whose hash the planner handed over. Raises DataInvalid if the store holds another."""
-    key = layout.shared_denoiser(spec.job.uid)
-    data = store.get(key)
-    if (found := hashlib.sha256(data).hexdigest()) != spec.shared_denoiser_sha256:
-        raise DataInvalid(f"{key}: expected SHA-256 {spec.shared_denoiser_sha256}, found {found}; train it again")
-    return denoiser_from_bytes(data, key)
 
 
 def generator_of(spec: SampleSpec) -> torch.Generator:

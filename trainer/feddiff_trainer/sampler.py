@@ -121,8 +121,3 @@ def karras_sigmas(num_steps: int, low: float, high: float, rho: float = 7.0) -> 
 def levels_from(sigmas_N: Tensor, split_sigma: float) -> Tensor:
     """The part of the list that a personal denoiser walks: from the split, itself included, to 0."""
     return sigmas_N[sigmas_N <= split_sigma]
-
-
-def starting_noise(shape: Sequence[int], sigma: float, generator: torch.Generator) -> Tensor:
-    """y_BCHW = σ·z: at a σ far above the data's spread, all that is left of an image. float32."""
-    return sigma * torch.randn(*shape, generator=generator, device=generator.device)

@@ -5,6 +5,7 @@ object is then complete and survives a loss of power.
 """
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from urllib.parse import unquote
 
 from feddiff_protocol.errors import (
     ConfigurationInvalid,
+    DataInvalid,
     FeddiffError,
     InputMissing,
     OutputFailed,
@@ -87,6 +89,14 @@ def open_store(uri: str) -> Store:
     if uri.startswith("s3://"):
         return BucketStore(uri)
     raise ConfigurationInvalid(f"store {uri}: expected file:///folder or s3://bucket/prefix; correct the address")
+
+
+def get_verified(store: Store, key: str, sha256: str) -> bytes:
+    """The object whose hash the planner handed over. Raises DataInvalid if the store holds another."""
+    data = store.get(key)
+    if (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise DataInvalid(f"{key}: expected SHA-256 {sha256}, found {found}; somebody replaced it: make it again")
+    return data
 
 
 def check_creates_once(store: Store, prefix: str) -> None:
@@ -195,7 +205,7 @@ class FolderStore:
     def _sync_folders(self, folder: Path) -> None:
         # Up to the root's own entry: any of them may just have been made.
         for parent in (folder, *folder.parents):
-            _sync_folder(parent)
+            sync_folder(parent)
             if parent == self.root.parent:
                 return
 
@@ -209,7 +219,7 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,6 @@
-"""The stage `train-personal`: an owner's denoiser, on its clean records at every noise level and, above the split, on
-what everybody released. It is not private for its owner's records and never leaves the owner's store."""
+"""The stage `train-personal`: an owner's denoiser, on its clean records at every noise level and, from the split or
+personal.releaseSigma up, on what everybody released. It is not private for its owner's records and never leaves the
+owner's store."""
 
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def source_of(
     releases: Releases,
     device: torch.device,
 ) -> Source:
-    """Own records at every noise level; with them, above the split, the releases, unless the paper's timeline is
+    """Own records at every noise level; with them, at high noise, the releases, unless the paper's timeline is
     asked for, whose personal denoisers see clean records only."""
     sigmas = schedule_of(spec.diffusion).sigmas
     images_NCHW, label_N = images_of(own, spec)

@@ -4,6 +4,8 @@ The transitions are the protocol's pure functions; this file reads their input a
 run folder leaves the ledger alone (docs/decisions/0001).
 """
 
+import fcntl
+import os
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
@@ -31,16 +33,16 @@ ENTRY_COLUMNS = (
     *("epsilon", "delta", "mu_squared", "pure_epsilon", "reserved_at", "phase", "manifest_sha256"),
 )
 SCHEMA = (
-    """CREATE TABLE IF NOT EXISTS account (
+    """CREATE TABLE account (
         one INTEGER PRIMARY KEY CHECK (one = 1), dataset_uid TEXT NOT NULL, dataset TEXT NOT NULL,
         budget TEXT NOT NULL, num_entries INTEGER NOT NULL,
         total_mu_squared TEXT NOT NULL, total_pure_epsilon TEXT NOT NULL,
         returned_mu_squared TEXT NOT NULL, returned_pure_epsilon TEXT NOT NULL)""",
-    "CREATE TABLE IF NOT EXISTS records (path TEXT PRIMARY KEY)",
-    f"CREATE TABLE IF NOT EXISTS entry ({', '.join(f'{name} TEXT NOT NULL' for name in ENTRY_COLUMNS)}, UNIQUE (name))",
-    """CREATE TRIGGER IF NOT EXISTS entries_stay BEFORE DELETE ON entry
+    "CREATE TABLE records (path TEXT PRIMARY KEY)",
+    f"CREATE TABLE entry ({', '.join(f'{name} TEXT NOT NULL' for name in ENTRY_COLUMNS)}, UNIQUE (name))",
+    """CREATE TRIGGER entries_stay BEFORE DELETE ON entry
         BEGIN SELECT RAISE(ABORT, 'an entry of the ledger is never deleted'); END""",
-    """CREATE TRIGGER IF NOT EXISTS charges_stay BEFORE UPDATE OF phase ON entry
+    """CREATE TRIGGER charges_stay BEFORE UPDATE OF phase ON entry
         WHEN OLD.phase <> 'Reserved' AND NEW.phase <> OLD.phase
         BEGIN SELECT RAISE(ABORT, 'a charged or returned entry stays what it is'); END""",
 )
@@ -79,13 +81,13 @@ class LedgerState:
 def read_ledger(dataset: LocalDataset) -> LedgerState:
     """The dataset's ledger as it stands, an empty one where none was begun. Writes nothing."""
     path = ledger_path(dataset)
-    if not path.exists():
-        _check_nothing_forgotten(dataset)
-        return LedgerState("", dataset.document.spec.budget, Account(), ())
-    with _errors(path), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)) as db:
-        db.execute("BEGIN")
-        state = _read(db)
-    return LedgerState(state.dataset_uid, _grown(dataset, state.budget), state.account, state.entries)
+    if path.exists():
+        with _reading(path) as db:
+            if _begun(db):
+                state = _read(db)
+                return LedgerState(state.dataset_uid, _grown(dataset, state.budget), state.account, state.entries)
+    _check_nothing_forgotten(dataset)
+    return LedgerState("", dataset.document.spec.budget, Account(), ())
 
 
 def ledger_path(dataset: LocalDataset) -> Path:
@@ -165,26 +167,25 @@ class LocalLedger:
             _update(db, ledger.record_manifest(_existing(state, name), manifest_sha256))
 
     def _begin(self) -> str:
-        """The dataset's uid, drawn at the first call; the ledger's file is there."""
-        if not self.path.exists():
-            _check_nothing_forgotten(self.dataset)
-            _check_sole_holder(self.dataset)
+        """The dataset's uid, drawn at the first call; the ledger's file is there and holds the records."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputFailed(f"{self.path.parent}: the ledger's folder cannot be made: {error.strerror}") from None
-        budget = self.dataset.document.spec.budget
-        with self._transaction() as db:
-            for statement in SCHEMA:
-                db.execute(statement)
-            db.execute(
-                "INSERT OR IGNORE INTO account VALUES (1, ?, ?, ?, 0, '0', '0', '0', '0')",
-                (uuid.uuid4().hex, self.dataset.key, budget.model_dump_json(by_alias=True)),
-            )
+        budget, records = self.dataset.document.spec.budget, (self.dataset.source.path,)
+        with _alone_in(self.dataset.owner_folder.parent), self._transaction() as db:
+            if not _begun(db):
+                _check_nothing_forgotten(self.dataset)
+                for statement in SCHEMA:
+                    db.execute(statement)
+                values = (uuid.uuid4().hex, self.dataset.key, budget.model_dump_json(by_alias=True))
+                db.execute("INSERT INTO account VALUES (1, ?, ?, ?, 0, '0', '0', '0', '0')", values)
+            if db.execute("SELECT 1 FROM records WHERE path = ?", records).fetchone() is None:
+                _check_sole_holder(self.dataset)
+                db.execute("INSERT INTO records VALUES (?)", records)
             state = _read(db)
             grown = _grown(self.dataset, state.budget)
             db.execute("UPDATE account SET budget = ?", (grown.model_dump_json(by_alias=True),))
-            db.execute("INSERT OR IGNORE INTO records VALUES (?)", (self.dataset.source.path,))
         return state.dataset_uid
 
     @contextmanager
@@ -234,13 +235,27 @@ def _check_nothing_forgotten(dataset: LocalDataset) -> None:
 def _check_sole_holder(dataset: LocalDataset) -> None:
     """Records that another dataset's ledger accounts for would get a second budget."""
     for path in sorted(dataset.owner_folder.parent.glob("*/ledger.sqlite")):
-        with _errors(path), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)) as db:
-            found = db.execute("SELECT 1 FROM records WHERE path = ?", (dataset.source.path,)).fetchone()
+        if path == ledger_path(dataset):
+            continue
+        with _reading(path) as db:
+            claim = "SELECT 1 FROM records WHERE path = ?"
+            found = _begun(db) and db.execute(claim, (dataset.source.path,)).fetchone()
         if found:
             raise PrivacyRefusal(
                 f"dataset {dataset.key}: the records {dataset.source.path} already have the ledger {path};"
                 " use the dataset's first name and namespace, one set of records has one budget"
             )
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else begins a ledger in this folder: two that looked at once would each find the records free."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _existing(state: LedgerState, name: str) -> Entry:
@@ -251,6 +266,19 @@ def _existing(state: LedgerState, name: str) -> Entry:
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """One consistent view. Not opened read-only, so that what a crash left half-written can be rolled back."""
+    with _errors(path), closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS)) as db:
+        db.execute("BEGIN")
+        yield db
+
+
+def _begun(db: sqlite3.Connection) -> bool:
+    """Tables and account are made in one transaction; a file without them is a beginning that did not happen."""
+    return db.execute("SELECT 1 FROM sqlite_master WHERE name = 'account'").fetchone() is not None
 
 
 def _read(db: sqlite3.Connection) -> LedgerState:

@@ -1,5 +1,6 @@
 """The SQLite ledger: races for one budget admit exactly the right number, and nothing that was spent is forgotten."""
 
+import contextlib
 import json
 import shutil
 import sqlite3
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from feddiff import local_ledger
+from feddiff.documents import LocalDataset
 from feddiff.local_ledger import LedgerState, LocalLedger, ledger_path, read_ledger
 from feddiff_protocol.accountant import spent_epsilon
 from feddiff_protocol.errors import PrivacyRefusal, SpecInvalid
@@ -89,7 +91,7 @@ def test_processes_that_race_for_one_budget_admit_exactly_what_fits(world: Any) 
 
 def test_threads_that_race_for_one_budget_admit_exactly_what_fits(world: Any) -> None:
     world.budget = {"epsilon": "36"}  # seven of ε = 10 are 35.85, eight do not fit
-    job, start, answers = world.job(), threading.Barrier(8), []
+    job, start, answers = world.job(), threading.Barrier(8, timeout=60), []
 
     def ask(index: int) -> None:
         ledger = LocalLedger(job.datasets["a"])
@@ -109,7 +111,7 @@ def test_a_ledger_that_lets_go_between_reading_and_writing_is_caught_overspendin
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert reserve(world, "uid-1") is None
-    job, both_have_read, real_read = world.job(), threading.Barrier(2), local_ledger._read
+    job, both_have_read, real_read = world.job(), threading.Barrier(2, timeout=60), local_ledger._read
     ledgers = [LocalLedger(job.datasets["a"]) for _ in range(2)]
 
     def reading(db: sqlite3.Connection) -> LedgerState:
@@ -133,6 +135,65 @@ def test_a_ledger_that_lets_go_between_reading_and_writing_is_caught_overspendin
     assert answers == [None, None], "both were told yes, though one fits"
     entries = world.ledger("a").entries
     assert spent_epsilon([entry.charge for entry in entries], "1e-5") > 20
+
+
+def renamed(dataset: LocalDataset, name: str) -> LocalDataset:
+    metadata = dataset.document.metadata.model_copy(update={"name": name})
+    return LocalDataset(dataset.document.model_copy(update={"metadata": metadata}))
+
+
+def begin_at_once(datasets: list[LocalDataset]) -> list[str]:
+    """The uids of the ledgers that could be begun."""
+    start, uids = threading.Barrier(len(datasets), timeout=60), list[str]()
+
+    def begin(dataset: LocalDataset) -> None:
+        start.wait()
+        with contextlib.suppress(PrivacyRefusal):
+            uids.append(LocalLedger(dataset).dataset_uid)
+
+    threads = [threading.Thread(target=begin, args=(dataset,)) for dataset in datasets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return uids
+
+
+@pytest.mark.parametrize("trial", range(5))
+def test_threads_that_begin_one_ledger_at_once_find_the_same_one(world: Any, trial: int) -> None:
+    uids = begin_at_once([world.job().datasets["a"]] * 8)
+    assert len(uids) == 8 and len(set(uids)) == 1
+
+
+@pytest.mark.parametrize("trial", range(5))
+def test_datasets_that_race_for_the_same_records_begin_one_ledger(world: Any, trial: int) -> None:
+    dataset = world.job().datasets["a"]
+    assert len(begin_at_once([renamed(dataset, f"name-{index}") for index in range(4)])) == 1
+
+
+def test_ledgers_that_are_not_begun_alone_are_caught_sharing_records(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_have_looked, look = threading.Barrier(2, timeout=60), local_ledger._check_sole_holder
+
+    def looking(dataset: LocalDataset) -> None:
+        look(dataset)
+        both_have_looked.wait()
+
+    monkeypatch.setattr(local_ledger, "_check_sole_holder", looking)
+    monkeypatch.setattr(local_ledger, "_alone_in", lambda folder: contextlib.nullcontext())
+    dataset = world.job().datasets["a"]
+    assert len(begin_at_once([renamed(dataset, f"name-{index}") for index in range(2)])) == 2
+
+
+def test_a_beginning_that_was_cut_off_holds_nothing_and_is_begun_again(world: Any) -> None:
+    dataset = world.job().datasets["a"]
+    dataset.owner_folder.mkdir(parents=True)
+    ledger_path(dataset).touch()
+    assert read_ledger(dataset).entries == ()
+    assert LocalLedger(renamed(dataset, "renamed")).dataset_uid
+    with pytest.raises(PrivacyRefusal, match="already have the ledger"):
+        LocalLedger(dataset)
 
 
 # ---- What must not be forgotten ----------------------------------------------------------------------------------
@@ -191,12 +252,19 @@ def test_a_lost_ledger_beside_sealed_releases_is_a_refusal(world: Any) -> None:
 
 def test_the_same_records_under_another_name_get_no_second_budget(world: Any) -> None:
     assert reserve(world, "uid-1") is None
-    dataset = world.job().datasets["a"]
-    renamed = dataset.document.model_copy(
-        update={"metadata": dataset.document.metadata.model_copy(update={"name": "renamed"})}
-    )
     with pytest.raises(PrivacyRefusal, match="already have the ledger"):
-        LocalLedger(type(dataset)(renamed))
+        LocalLedger(renamed(world.job().datasets["a"], "renamed"))
+
+
+def test_records_that_another_ledger_holds_are_refused_to_one_that_moves_there(world: Any) -> None:
+    dataset = world.job().datasets["a"]
+    elsewhere = renamed(dataset, "elsewhere")
+    moved = dataset.source.model_copy(update={"path": f"{dataset.source.path}.old"})
+    spec = elsewhere.document.spec.model_copy(update={"source": moved})
+    LocalLedger(LocalDataset(elsewhere.document.model_copy(update={"spec": spec})))
+    assert reserve(world, "uid-1") is None
+    with pytest.raises(PrivacyRefusal, match="already have the ledger"):
+        LocalLedger(elsewhere)
 
 
 def test_reading_writes_nothing(world: Any) -> None:

@@ -272,7 +272,7 @@ def test_create_that_lost_has_made_the_winners_object_durable(
 
 def test_of_many_racing_creates_one_is_told_true(tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}")
-    start = threading.Barrier(8)
+    start = threading.Barrier(8, timeout=60)
     answers: list[tuple[bool, bytes]] = []
 
     def race(number: int) -> None:

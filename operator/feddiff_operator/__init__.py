@@ -1,0 +1,1 @@
+"""The operator: carries FederatedDiffusionJobs out on Kubernetes, and keeps every owner's privacy ledger there."""

@@ -16,7 +16,7 @@ from feddiff_protocol.api import (
     parse_document,
 )
 from feddiff_protocol.errors import InputMissing, SpecInvalid
-from feddiff_protocol.promise import Promise, check_size, promise_of
+from feddiff_protocol.promise import Promise, check_datasets, promise_of
 
 LARGEST_FILE_BYTES = 4 * 1024 * 1024
 
@@ -74,9 +74,7 @@ def local_job(job: FederatedDiffusionJob, datasets: Iterable[LocalDataset]) -> L
     """The job with its clients' datasets, which must agree with each other and with the job."""
     by_key = {dataset.key: dataset for dataset in datasets}
     of_client = {client.name: _dataset_of(job, client.name, client.dataset, by_key) for client in job.spec.clients}
-    _check_agreement(job, of_client)
-    for dataset in of_client.values():
-        check_size(job.spec.privacy, dataset.document.spec.image, dataset.document.spec.classes.count)
+    check_datasets(job, {client: dataset.document for client, dataset in of_client.items()})
     return LocalJob(job, of_client, promise_of(job.spec.privacy, job.spec.diffusion))
 
 
@@ -172,22 +170,6 @@ def _dataset_of(
     return datasets[key]
 
 
-def _check_agreement(job: FederatedDiffusionJob, datasets: Mapping[str, LocalDataset]) -> None:
-    """All clients of a job share image shape, number of classes and class names: they train one network."""
-    (first, expected), *others = datasets.items()
-    for client, dataset in others:
-        for what, found, wanted in (
-            ("image", dataset.document.spec.image, expected.document.spec.image),
-            ("classes.count", dataset.document.spec.classes.count, expected.document.spec.classes.count),
-            ("classes.names", dataset.document.spec.classes.names, expected.document.spec.classes.names),
-        ):
-            if found != wanted:
-                raise SpecInvalid(
-                    f"job {job.metadata.name}: clients {first} and {client} must agree on {what}:"
-                    f" expected {_plain(wanted)}, found {_plain(found)} in dataset {dataset.key}"
-                )
-
-
 def _check_distinct_records(datasets: Iterable[LocalDataset]) -> None:
     """The same records under two names would have two budgets."""
     holder: dict[str, str] = {}
@@ -198,10 +180,6 @@ def _check_distinct_records(datasets: Iterable[LocalDataset]) -> None:
                 f"datasets {other} and {dataset.key} hold the same records, {dataset.source.path};"
                 " one set of records has one dataset and one budget"
             )
-
-
-def _plain(value: object) -> str:
-    return str(value) if value != () else "none"
 
 
 def _listed(files: Sequence[Path]) -> str:

@@ -4,11 +4,20 @@ The planner prints these numbers and the release stage draws noise with them, so
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
 from . import accountant
-from .api import DiffusionSpec, FederatedDiffusionJobSpec, ImageSpec, Mechanism, PrivacySpec
+from .api import (
+    DiffusionSpec,
+    FederatedDiffusionJob,
+    FederatedDiffusionJobSpec,
+    ImageSpec,
+    Mechanism,
+    PrivacySpec,
+    PrivateDataset,
+)
 from .errors import SpecInvalid
 from .schedule import Schedule
 
@@ -87,6 +96,25 @@ def _summary_promise(privacy: PrivacySpec, diffusion: DiffusionSpec, mu: float, 
     return Promise(
         Mechanism.SUMMARY, mu, charge, step, schedule.sigma(step), mean_std=noise.mean_std, moment_std=noise.moment_std
     )
+
+
+def check_datasets(job: FederatedDiffusionJob, datasets: Mapping[str, PrivateDataset]) -> None:
+    """Raises SpecInvalid unless the clients' datasets share image shape, number and names of classes (they train one
+    network), and what they would release fits into memory."""
+    (first, expected), *others = datasets.items()
+    check_size(job.spec.privacy, expected.spec.image, expected.spec.classes.count)
+    for client, dataset in others:
+        for what, found, wanted in (
+            ("image", dataset.spec.image, expected.spec.image),
+            ("classes.count", dataset.spec.classes.count, expected.spec.classes.count),
+            ("classes.names", dataset.spec.classes.names, expected.spec.classes.names),
+        ):
+            if found != wanted:
+                name = f"{dataset.metadata.namespace}/{dataset.metadata.name}"
+                raise SpecInvalid(
+                    f"job {job.metadata.name}: clients {first} and {client} must agree on {what}:"
+                    f" expected {wanted or 'none'}, found {found or 'none'} in dataset {name}"
+                )
 
 
 def check_size(privacy: PrivacySpec, image: ImageSpec, num_classes: int) -> None:

@@ -1,22 +1,37 @@
 # A bare checkout needs Python 3.11+ and nothing else: `make demo` and `make test` make their own environment.
+# As root, with Go and the Debian packages that .ci/run installs, `make test` also runs a Kubernetes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test check crds clean
+.PHONY: demo test test-all test-local check kube crds clean
 
 demo: $(VENV)/.demo
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/digits/demo.sh $(DEMO)
 
+CAN_RUN_PODS = test "$$(id -u)" = 0 && command -v go containerd buildah >/dev/null
+LEFT_OUT = left out: the tests that run a Kubernetes; they need root, Go 1.24+ and the Debian packages in .ci/run
+
 test: check
+	@if $(CAN_RUN_PODS); then $(MAKE) --no-print-directory test-all; elif [ -n "$$CI" ]; then echo "$(LEFT_OUT)"; exit 1; \
+	else $(MAKE) --no-print-directory test-local; echo "$(LEFT_OUT)"; fi
+
+test-all: check kube
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-local: check
+	$(BIN)/pytest -n 2 --dist loadfile -m "not cluster"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The Kubernetes that tests run: 5 minutes at first, then only when tests/cluster changes what it is made of.
+kube: $(VENV)/.dev
+	@PYTHON="$(abspath $(BIN))/python" tests/cluster/build.sh
 
 crds: $(VENV)/.dev
 	$(BIN)/python -m feddiff.crds crds

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import typer
 
+from feddiff import cluster_views
 from feddiff import main as command
 from feddiff.documents import LocalJob, load_documents, load_job
-from feddiff.local_ledger import LocalLedger
+from feddiff.local_ledger import LocalLedger, read_ledger
 from feddiff.plan_report import plan_clients, plan_document
 from feddiff.run_folder import RunFolder
 from feddiff.scaffold import job_text, write_scaffold
 from feddiff.views import ledger_document, run_document
-from feddiff_protocol import errors
+from feddiff_protocol import errors, ledger_objects
 from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, FeddiffError
 from feddiff_protocol.plan import Observed, plan
 from feddiff_trainer.check import CheckSpec, check
@@ -43,26 +44,37 @@ def sections(text: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def group() -> Any:
-    return typer.main.get_command(command.app)
+def commands(group: Any, before: str = "") -> dict[str, Any]:
+    """Every command by the words that name it, "" the first; commands of a group among them ("owner init")."""
+    found = {before: group}
+    for name, inner in getattr(group, "commands", {}).items():
+        found |= commands(inner, f"{before} {name}".lstrip())
+    return found
+
+
+def known_commands() -> dict[str, Any]:
+    return commands(typer.main.get_command(command.app))
 
 
 def wrong_options(text: str) -> list[str]:
     """Commands, options and arguments that only the page or only the application has."""
-    written, app = sections(text), group()
-    known = {"": app, **app.commands}
+    written, known = sections(text), known_commands()
     wrong = [f"command {name!r}" for name in written.keys() ^ known.keys()]
     for name in written.keys() & known.keys():
-        usage = next(line for line in written[name].splitlines() if line.startswith("Usage:"))
+        (usage,) = re.findall(r"^Usage:.*?\n\n", written[name], flags=re.MULTILINE | re.DOTALL)
         rows = re.findall(r"^\| `(--[a-z-]+)", written[name], flags=re.MULTILINE)
+        short = set(re.findall(r"^\| .*, `(-[a-zA-Z])\b", written[name], flags=re.MULTILINE)) - {"-h"}
         mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", written[name]))
         arguments = [each.metavar for each in known[name].params if each.param_type_name == "argument"]
         options = {option for each in known[name].params if each.param_type_name == "option" for option in each.opts}
         options |= {"--help"} if name == "" else set()
+        wrong += [f"{name}: {each} in the table" for each in short ^ {each for each in options if len(each) == 2}]
+        wrong += [f"{name}: {each} in the usage line" for each in short if each not in usage]
+        options = {each for each in options if len(each) > 2}
         wrong += [f"{name}: {each} in the text" for each in mentioned ^ options]
         wrong += [f"{name}: {each} in the table" for each in set(rows) ^ options]
         wrong += [f"{name}: {each} in the usage line" for each in options - {"--help"} if each not in usage]
-        wrong += [f"{name}: argument {each}" for each in arguments if f" {each}" not in usage]
+        wrong += [f"{name}: argument {each}" for each in arguments if not re.search(rf" \[?{re.escape(each)}", usage)]
     return wrong
 
 
@@ -78,6 +90,9 @@ def test_the_command_page_has_every_command_argument_and_option_and_no_other() -
         ("[--processes N]", ""),
         ("feddiff plan FILE...", "feddiff plan JOB"),
         ("Reads documents and ledgers", "Reads documents and ledgers (--quiet)"),
+        ("## `feddiff owner init`", "## `feddiff owner start`"),
+        ("`--all-namespaces`, `-A` |", "`--all-namespaces`, `-B` |"),
+        ("feddiff budget [DATASET]", "feddiff budget [NAME]"),
     ],
 )
 def test_a_command_page_that_is_wrong_in_one_word_is_noticed(right: str, wrong: str) -> None:
@@ -86,9 +101,9 @@ def test_a_command_page_that_is_wrong_in_one_word_is_noticed(right: str, wrong: 
 
 
 def test_required_options_are_called_required() -> None:
-    for name, known in group().commands.items():
+    for name, known in known_commands().items():
         for each in known.params:
-            if each.param_type_name == "option":
+            if name and each.param_type_name == "option":
                 row = next(line for line in sections(CLI)[name].splitlines() if line.startswith(f"| `{each.opts[0]}"))
                 assert each.required == ("required" in row), row
 
@@ -135,6 +150,40 @@ def test_status_keys_are_on_the_page(job: LocalJob, tmp_path: Path) -> None:
     document = run_document(folder)
     assert document["conditions"]
     assert missing_keys("status", document, CLI, frozenset({"dropped"})) == set()
+
+
+def test_keys_of_a_cluster_are_on_the_page() -> None:
+    """Of objects that have all that is shown: a list or a mapping without entries would hide its keys."""
+    condition = {"type": "Failed", "status": "True", "reason": "StageFailed", "message": "m"}
+    status = {"phase": "Failed", "conditions": [condition], "dropped": [{"client": "a", "reason": "r"}]}
+    status |= {"stages": [{"stage": "release", "running": 0, "succeeded": 0, "failed": 1, "stopped": 0}]}
+    metadata = {"namespace": "n", "name": "j", "uid": "u"}
+    clients = [{"name": "a", "dataset": {"namespace": "c", "name": "d"}}]
+    job = {"metadata": metadata, "spec": {"clients": clients, "privacy": {"epsilon": "1"}}, "status": status}
+    labels = {"feddiff.dev/stage": "release", "feddiff.dev/client": "a", "feddiff.dev/attempt": "1"}
+    batch = {"metadata": {**metadata, "labels": labels}, "spec": {}}
+    unreadable = (cluster_views.Unreadable("c", "privatedatasets", "ask"),)
+    reference = cluster_views.JobReference("n", "j", "u")
+    scene = cluster_views.Scene(reference, job, attempts=[batch], unreadable=unreadable)
+    assert missing_keys("status", cluster_views.jobs_document([job]), CLI) == set()
+    assert missing_keys("status", cluster_views.job_document(job), CLI, frozenset({"dropped"})) == set()
+    why = cluster_views.why_document(scene)
+    assert all(why[name] for name in ("clients", "attempts", "unreadable", "next"))
+    assert missing_keys("why", why, CLI) == set()
+    assert missing_keys("why", why, CLI.replace("`takesPart`", "`partakes`")) == {"takesPart"}
+
+
+def test_keys_of_a_clusters_budget_are_on_the_page(job: LocalJob) -> None:
+    LocalLedger(job.first_dataset).reserve(job.document, "uid", "a", job.promise.charge)
+    (entry,) = read_ledger(job.first_dataset).entries
+    release = ledger_objects.with_status_of(ledger_objects.release_object("n", "d", entry), entry)
+    dataset = {
+        "metadata": {"namespace": "n", "name": "d", "uid": "u"},
+        "spec": {"budget": {"epsilon": "20", "delta": "1e-5"}},
+    }
+    document = cluster_views.budget_document(cluster_views.Books(dataset, [release]))
+    assert document["entries"]
+    assert missing_keys("budget", {"datasets": [document]}, CLI) == set()
 
 
 def test_check_keys_are_on_the_page(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def test_every_import_contract_is_kept() -> None:
         "import feddiff.main",
         "import feddiff.main, sys; sys.argv = ['feddiff', '--help']\ntry: feddiff.main.main()\nexcept SystemExit: pass",
         "import feddiff.engine, feddiff.views, feddiff.plan_report, feddiff.owner_stages, feddiff.progress",
+        "import feddiff.on_cluster, feddiff.cluster_views, feddiff.owner",
     ],
 )
 def test_the_command_line_loads_neither_torch_nor_numpy(statement: str) -> None:
@@ -37,7 +38,14 @@ def test_the_command_line_loads_neither_torch_nor_numpy(statement: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_help_loads_no_types_and_no_event_log() -> None:
-    script = "import feddiff.main, sys; print(sorted({'pydantic', 'structlog', 'yaml', 'sqlite3'} & set(sys.modules)))"
+def test_help_loads_no_types_no_event_log_and_no_cluster() -> None:
+    heavy = {"pydantic", "structlog", "yaml", "sqlite3", "rich", "kubernetes", "urllib3"}
+    script = f"import feddiff.main, sys; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_reading_a_cluster_loads_its_client_only_when_one_is_asked_for() -> None:
+    script = "import feddiff.on_cluster, sys; print(sorted({'kubernetes', 'urllib3', 'aiohttp'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -273,7 +273,7 @@ class _Engine:
         return bool(ended)
 
     def _enforce_time(self, process: StageProcess) -> None:
-        now, limit = self.setting.clock(), self.spec.deadlines.stage_seconds
+        now, limit = self.setting.clock(), self.spec.deadlines.of(process.key[0]).stage_seconds
         if limit is not None and process.asked_to_stop_at is None and now - process.started_at > limit:
             process.stop_reason = f"ran longer than deadlines.stageSeconds = {limit}"
             process.ask_to_stop(now)

@@ -5,19 +5,21 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from feddiff_protocol.errors import FeddiffError, UsageInvalid
+from feddiff_protocol.errors import ConfigurationInvalid, FeddiffError, InputMissing, UsageInvalid
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .documents import LocalDataset
     from .engine import Outcome
+    from .on_cluster import Cluster
 
 USAGE, OUR_BUG, OUTPUT_FAILED, INTERRUPTED, PRIVACY_REFUSED = 64, 1, 73, 75, 77
 
@@ -37,17 +39,34 @@ app = typer.Typer(
     epilog=EXIT_CODES,
 )
 
+owner = typer.Typer(no_args_is_help=True, help="For a data owner: take part in a cluster's federation.")
+app.add_typer(owner, name="owner")
+
 Files = Annotated[
     list[Path],
     typer.Argument(metavar="FILE...", help="YAML files that together hold the datasets and exactly one job."),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of text.")]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="A job on the cluster: NAME, or NAMESPACE/NAME.")]
+Namespace = Annotated[
+    str | None, typer.Option("--namespace", "-n", metavar="NS", help="Namespace; the kubeconfig's unless given.")
+]
+Context = Annotated[str | None, typer.Option("--context", metavar="NAME", help="Context of the kubeconfig.")]
+Kubeconfig = Annotated[
+    Path | None, typer.Option("--kubeconfig", metavar="FILE", help="Kubeconfig; KUBECONFIG or ~/.kube/config.")
+]
+KUBECTL_PLUGIN = "kubectl feddiff"
 
 
 def main() -> None:
     """The process ends with the code of docs/exit-codes.md; a mistake of the user is one line, never a traceback."""
     sys.exit(_exit_code(app))
+
+
+def kubectl_plugin() -> None:
+    """The same as `kubectl feddiff`: a cluster is meant wherever `feddiff` alone could mean a run's folder."""
+    sys.exit(_exit_code(lambda: app(prog_name=KUBECTL_PLUGIN)))
 
 
 def _exit_code(command: Callable[[], Any]) -> int:
@@ -236,21 +255,206 @@ def _tell_outcome(outcome: "Outcome", folder: Path, files: list[Path], as_json: 
         _next(f"feddiff ledger {' '.join(map(_quoted, files[:1]))}; feddiff report {_quoted(folder)}")
 
 
-@app.command()
-def status(folder: RunDir, as_json: AsJson = False) -> None:
-    """Where a run stands."""
+@app.command(short_help="Where a run stands, in a folder or on a cluster.")
+def status(
+    context: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(metavar="DIR|JOB", help="The folder of a run, or a job on the cluster.")
+    ] = None,
+    namespace: Namespace = None,
+    all_namespaces: Annotated[
+        bool, typer.Option("--all-namespaces", "-A", help="The jobs of every namespace.")
+    ] = False,
+    context_name: Context = None,
+    kubeconfig: Kubeconfig = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where a run stands: in a folder, DIR, or on a cluster.
+
+    A cluster is meant when one of --namespace, --all-namespaces, --context and --kubeconfig is given, when there is
+    no argument, and always as `kubectl feddiff`. Otherwise the argument is a folder.
+    """
+    said = namespace or all_namespaces or context_name or kubeconfig
+    place, plugin = _Place(namespace, context_name, kubeconfig), context.find_root().info_name == KUBECTL_PLUGIN
+    if name is not None and not said and not plugin:
+        _folder_status(name, as_json)
+        return
+    try:
+        _cluster_status(place, name, all_namespaces, as_json)
+    except ConfigurationInvalid as error:
+        if said or plugin:
+            raise
+        raise ConfigurationInvalid(f"{error}\na run on this machine: feddiff status DIR") from None
+
+
+def _folder_status(name: str, as_json: bool) -> None:
     import json
 
     from .run_folder import RunFolder
     from .views import print_run, run_document
 
-    document = run_document(RunFolder(folder))
+    try:
+        document = run_document(RunFolder(Path(name)))
+    except InputMissing as error:
+        raise InputMissing(f"{error}\na job on a cluster: feddiff status {shlex.quote(name)} -n NAMESPACE") from None
     if as_json:
         print(json.dumps(document, ensure_ascii=False))
         return
     print_run(document, _console())
     if document["phase"] == "Complete":
-        _next(f"feddiff report {_quoted(folder)}")
+        _next(f"feddiff report {shlex.quote(name)}")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A cluster and namespace as the user named them."""
+
+    namespace: str | None
+    context: str | None
+    kubeconfig: Path | None
+
+    def connect(self) -> "Cluster":
+        from .on_cluster import connect
+
+        return connect(self.kubeconfig, self.context, self.namespace)
+
+    def command(self, *words: str) -> str:
+        """A command line for the same cluster and namespace."""
+        named = {"--kubeconfig": self.kubeconfig, "--context": self.context, "-n": self.namespace}
+        options = [word for option, value in named.items() if value for word in (option, str(value))]
+        return shlex.join(["feddiff", *words, *options])
+
+
+def _cluster_status(place: _Place, name: str | None, all_namespaces: bool, as_json: bool) -> None:
+    from datetime import UTC, datetime
+
+    from .cluster_views import job_document, jobs_document, print_job, print_jobs
+    from .on_cluster import JOBS, read_job
+
+    if all_namespaces and (name or place.namespace):
+        raise UsageInvalid("--all-namespaces goes with neither a job nor --namespace; leave one out")
+    now = datetime.now(UTC)
+    with place.connect() as cluster:
+        if name is None:
+            document = jobs_document(cluster.list(JOBS, None if all_namespaces else cluster.namespace))
+        else:
+            document = job_document(read_job(cluster, name))
+    if _printed_as_json(as_json, document):
+        return
+    if name is None:
+        _say_where(cluster, all_namespaces)
+        print_jobs(document, _console(), now)
+    else:
+        print_job(document, _console(), now)
+        _next(place.command("why", name))
+
+
+def _printed_as_json(wanted: bool, document: Any) -> bool:
+    """Whether the document was wanted as JSON, and so printed."""
+    import json
+
+    if wanted:
+        print(json.dumps(document, ensure_ascii=False))
+    return wanted
+
+
+def _say_where(cluster: "Cluster", all_namespaces: bool = False) -> None:
+    print(f"context {cluster.context}, {'all namespaces' if all_namespaces else f'namespace {cluster.namespace}'}")
+
+
+@app.command(short_help="On a cluster: why a job waits or failed, and who can mend it.")
+def why(
+    job: Job,
+    namespace: Namespace = None,
+    context_name: Context = None,
+    kubeconfig: Kubeconfig = None,
+    as_json: AsJson = False,
+) -> None:
+    """On a cluster: why a job waits or failed, in words, and who has to do what."""
+    from .cluster_views import print_why, why_document
+    from .on_cluster import read_scene
+
+    place = _Place(namespace, context_name, kubeconfig)
+    with place.connect() as cluster:
+        document = why_document(read_scene(cluster, job))
+    if _printed_as_json(as_json, document):
+        return
+    print_why(document, _console())
+    failed = [each for each in document["attempts"] if each["phase"] == "Failed"]
+    if failed:
+        client = ["--client", failed[0]["client"]] if failed[0]["client"] else []
+        _next(place.command("logs", job, *client, "--stage", failed[0]["stage"]))
+
+
+@app.command(short_help="On a cluster: what a dataset's releases have cost.")
+def budget(
+    dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help="One dataset, with its entries.")] = None,
+    namespace: Namespace = None,
+    context_name: Context = None,
+    kubeconfig: Kubeconfig = None,
+    as_json: AsJson = False,
+) -> None:
+    """On a cluster: limit, spent, reserved and remaining ε of the datasets, checked against the ledger's entries."""
+    from .cluster_views import budget_document, print_budgets, print_entries
+    from .on_cluster import read_books
+
+    place = _Place(namespace, context_name, kubeconfig)
+    with place.connect() as cluster:
+        documents = [budget_document(books) for books in read_books(cluster, dataset)]
+    if _printed_as_json(as_json, {"datasets": documents}):
+        return
+    _say_where(cluster)
+    print_budgets(documents, _console())
+    if dataset is not None:
+        print_entries(documents[0], _console())
+    elif documents:
+        _next(place.command("budget", documents[0]["dataset"].partition("/")[2]))
+
+
+@app.command(short_help="On a cluster: the log of a job's stage.")
+def logs(
+    job: Job,
+    client: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whose stages; else those of the whole job.")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="Which stage; the newest unless given.")] = None,
+    namespace: Namespace = None,
+    context_name: Context = None,
+    kubeconfig: Kubeconfig = None,
+    as_json: AsJson = False,
+) -> None:
+    """On a cluster: the log of a stage's newest attempt. An owner's stages are for that owner to read."""
+    from .on_cluster import read_logs
+
+    with _Place(namespace, context_name, kubeconfig).connect() as cluster:
+        pods = read_logs(cluster, job, client, stage)
+    if _printed_as_json(as_json, {"pods": pods}):
+        return
+    for pod in pods:
+        if len(pods) > 1:
+            print(f"==> {pod['pod']} <==")
+        for line in pod["lines"]:
+            print(line)
+
+
+@owner.command("init", short_help="YAML that lets the operator in, and a dataset to fill in.")
+def owner_init(
+    namespace: Annotated[str, typer.Option("--namespace", "-n", metavar="NS", help="The owner's namespace.")],
+    operator_namespace: Annotated[
+        str, typer.Option("--operator-namespace", metavar="NS", help="Where feddiff is installed.")
+    ] = "feddiff-system",
+    research: Annotated[
+        list[str] | None, typer.Option("--research", metavar="NS", help="Whose jobs may use it; may be repeated.")
+    ] = None,
+    dataset: Annotated[str, typer.Option("--dataset", metavar="NAME", help="Name of the dataset.")] = "images",
+    existing_namespace: Annotated[
+        bool, typer.Option("--existing-namespace", help="Leave the Namespace out: somebody else makes it.")
+    ] = False,
+) -> None:
+    """Print the documents of a data owner, for `kubectl apply -f -`. Lines marked CHANGE want to be read first."""
+    from .owner import owner_documents
+
+    print(owner_documents(namespace, operator_namespace, research or (), dataset, existing_namespace), end="")
 
 
 @app.command()

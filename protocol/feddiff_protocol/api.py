@@ -122,7 +122,14 @@ class SourceFormat(StrEnum):
 class SourceSpec(Wire):
     """Where the owner's records are. Paths are relative to the volume, or to the YAML file in a local run."""
 
-    model_config = _rules(("(self.format == 'idx') == has(self.labelsPath)", "labelsPath goes with format idx, alone"))
+    model_config = _rules(
+        ("(self.format == 'idx') == has(self.labelsPath)", "labelsPath goes with format idx, alone"),
+        ("self.format == 'idx' || !has(self.holdoutLabelsPath)", "holdoutLabelsPath goes with format idx, alone"),
+        (
+            "self.format != 'idx' || !has(self.holdoutPath) || has(self.holdoutLabelsPath)",
+            "format idx needs holdoutLabelsPath beside holdoutPath",
+        ),
+    )
 
     format: SourceFormat
     path: Text
@@ -161,7 +168,11 @@ class ClassesSpec(Wire):
     """Public facts about the classes. The number of records per class is part of every noisy average, so it
     is declared, published, and checked against the records before anything is released."""
 
-    model_config = _rules(("size(self.records) == self.count", "records needs one number for each class"))
+    model_config = _rules(
+        ("size(self.records) == self.count", "records needs one number for each class"),
+        ("size(self.names) == 0 || size(self.names) == self.count", "names needs one name for each class"),
+        ("self.records.sum() >= 2", "records needs at least 2 records in all"),
+    )
 
     count: Annotated[int, Field(ge=1, le=1000)]
     records: Annotated[tuple[Annotated[int, Field(ge=0, le=10**8)], ...], Field(min_length=1, max_length=1000)]
@@ -370,6 +381,8 @@ class Timeline(StrEnum):
 class DiffusionSpec(Wire):
     """The forward process: variances rise in a line from betaStart to betaEnd over `steps` steps."""
 
+    model_config = _rules(("double(self.betaEnd) >= double(self.betaStart)", "betaEnd must be at least betaStart"))
+
     steps: Annotated[int, Field(ge=10, le=10_000)] = 1000
     beta_start: Share = Decimal("1e-4")
     beta_end: Share = Decimal("0.02")
@@ -400,6 +413,13 @@ Batch = Annotated[int, Field(ge=2, le=65_536)]
 
 class SharedSpec(Wire):
     """Training of the shared denoiser: length in images seen, `replicas × processesPerReplica` ranks."""
+
+    model_config = _rules(
+        (
+            "self.batch % (self.replicas * self.processesPerReplica) == 0",
+            "batch must be a multiple of replicas × processesPerReplica",
+        )
+    )
 
     denoiser: Literal["trained", "closedForm"] = Field(
         "trained", description="closedForm: the pooled Gaussian's own denoiser, summary only, needs no training"
@@ -451,11 +471,39 @@ class SamplingSpec(Wire):
     sampler: Literal["heun", "ddpm"] = "heun"
 
 
-class DeadlinesSpec(Wire):
-    """Seconds; a stage that waits or runs longer ends with a reason. Nothing is set, nothing ends."""
+Seconds = Annotated[int, Field(ge=1, le=10**9)]
 
-    release_seconds: Annotated[int, Field(ge=1)] | None = None
-    stage_seconds: Annotated[int, Field(ge=1)] | None = None
+
+class StageDeadlinesSpec(Wire):
+    """How long one attempt of a stage may wait, and how long it may run."""
+
+    start_seconds: Seconds | None = Field(
+        None, description="from when its pods may start until all of them run; time in a queue does not count"
+    )
+    stage_seconds: Seconds | None = Field(None, description="from when its pods run until they end")
+
+
+class DeadlinesSpec(StageDeadlinesSpec):
+    """Seconds; an attempt that waits or runs longer has failed. What stands here holds for every stage, unless the
+    stage's own field says otherwise. Nothing is set, nothing ends."""
+
+    release_seconds: Seconds | None = Field(
+        None, description="from the first release's start until the quorum is decided"
+    )
+    release: StageDeadlinesSpec | None = None
+    train_shared: StageDeadlinesSpec | None = None
+    train_personal: StageDeadlinesSpec | None = None
+    sample: StageDeadlinesSpec | None = None
+    evaluate: StageDeadlinesSpec | None = None
+    report: StageDeadlinesSpec | None = None
+
+    def of(self, stage: str) -> StageDeadlinesSpec:
+        """What holds for `stage`, named as in a receipt ("train-shared")."""
+        own = getattr(self, stage.replace("-", "_")) or StageDeadlinesSpec()
+        return StageDeadlinesSpec(
+            start_seconds=self.start_seconds if own.start_seconds is None else own.start_seconds,
+            stage_seconds=self.stage_seconds if own.stage_seconds is None else own.stage_seconds,
+        )
 
 
 class FederatedDiffusionJobSpec(Wire):
@@ -465,6 +513,27 @@ class FederatedDiffusionJobSpec(Wire):
             "(self.privacy.mechanism == 'summary') == has(self.diffusion.splitSigma)",
             "diffusion.splitSigma goes with mechanism summary; with gaussian the split follows from epsilon",
         ),
+        (
+            "self.privacy.mechanism == 'gaussian' || !has(self.diffusion.timeline)",
+            "diffusion.timeline goes with mechanism gaussian",
+        ),
+        (
+            "self.privacy.mechanism == 'summary' || !has(self.personal.releaseSigma)",
+            "personal.releaseSigma goes with mechanism summary",
+        ),
+        (
+            "self.privacy.mechanism == 'summary' || self.shared.denoiser != 'closedForm'",
+            "shared.denoiser closedForm goes with mechanism summary",
+        ),
+        (
+            "self.suspend || oldSelf.suspend || (has(self.shared) && has(self.shared.resources)"
+            " ? has(oldSelf.shared) && has(oldSelf.shared.resources)"
+            " && self.shared.resources == oldSelf.shared.resources"
+            " : !has(oldSelf.shared) || !has(oldSelf.shared.resources))",
+            "shared.resources can change only while suspend is true",
+        ),
+        ("has(self.store) == has(oldSelf.store)", "store cannot change"),
+        ("has(self.managedBy) == has(oldSelf.managedBy)", "managedBy cannot change"),
     )
 
     clients: Annotated[
@@ -477,9 +546,9 @@ class FederatedDiffusionJobSpec(Wire):
     shared: SharedSpec = Field(default_factory=lambda: SharedSpec.model_validate({}))
     personal: PersonalSpec = PersonalSpec()
     sampling: SamplingSpec = SamplingSpec()
-    store: StoreReference | None = None
+    store: StoreReference | None = Field(None, json_schema_extra=_fixed("store"))
     suspend: bool = False
-    managed_by: Annotated[str, Field(max_length=63)] | None = None
+    managed_by: Annotated[str, Field(max_length=63)] | None = Field(None, json_schema_extra=_fixed("managedBy"))
     queue_name: Name | None = None
     priority_class_name: Name | None = None
     deadlines: DeadlinesSpec = DeadlinesSpec()

@@ -1,9 +1,10 @@
 """CustomResourceDefinitions made from the API types: structural schemas with CEL rules, columns and short names."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
-from .api import GROUP, VERSION, FederatedDiffusionJob, PrivacyRelease, PrivateDataset, Wire
+from .api import GROUP, NAME_PATTERN, VERSION, FederatedDiffusionJob, PrivacyRelease, PrivateDataset, Wire
 
 Schema = dict[str, Any]
 
@@ -81,34 +82,49 @@ def _definition(kind: type[Wire]) -> Schema:
 
 def _object_schema(kind: type[Wire]) -> Schema:
     schema = kind.model_json_schema(by_alias=True, mode="validation")
-    spec = _structural(schema["properties"]["spec"], schema.get("$defs", {}))
+    parts = {name: _structural(schema["properties"][name], schema.get("$defs", {})) for name in ("spec", "status")}
+    # The server's own rule for names is looser than that for labels, into which the name of a job goes.
+    name = {"type": "string", "pattern": NAME_PATTERN, "maxLength": 63}
     return {
         "type": "object",
-        "description": (kind.__doc__ or f"A {kind.__name__}.").strip(),
+        "description": _one_line(kind.__doc__ or f"A {kind.__name__}."),
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
-            "metadata": {"type": "object"},
-            "spec": spec,
-            "status": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+            "metadata": {"type": "object", "properties": {"name": name}},
+            **parts,
         },
     }
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _structural(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
     """`schema` without references, unions and titles, as Kubernetes' structural schemas demand."""
     schema = _resolved(schema, definitions)
-    result: Schema = {key: schema[key] for key in _KEPT if key in schema}
-    if isinstance(result.get("default"), dict):
-        result["default"] = {key: value for key, value in result["default"].items() if value is not None}
+    result: Schema = {key: copy.copy(schema[key]) for key in _KEPT if key in schema}  # YAML names what is shared
+    if "description" in result:
+        result["description"] = _one_line(result["description"])
     rules = list(schema.get("x-kubernetes-validations", []))
     if "const" in schema:
         result["enum"] = [schema["const"]]
     if "properties" in schema:
-        result["properties"] = {name: _structural(part, definitions) for name, part in schema["properties"].items()}
+        result["properties"] = {
+            name: _structural(_with_default(part, name in schema.get("required", [])), definitions)
+            for name, part in schema["properties"].items()
+        }
     elif result.get("type") == "object":
         result["x-kubernetes-preserve-unknown-fields"] = True
+    if isinstance(result.get("default"), dict):  # whole, since the server checks rules on it as it stands
+        inner = {
+            name: copy.deepcopy(part["default"])
+            for name, part in result.get("properties", {}).items()
+            if "default" in part
+        }
+        result["default"] = inner | {key: value for key, value in result["default"].items() if value is not None}
     if "items" in schema:
         result["items"] = _structural(schema["items"], definitions)
     if result.get("type") == "array":
@@ -116,6 +132,11 @@ def _structural(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
     if rules:
         result["x-kubernetes-validations"] = rules
     return result
+
+
+def _with_default(schema: Schema, required: bool) -> Schema:
+    """`schema` of a property; one that may be left out without being null is an object that its own defaults fill."""
+    return schema if required or "default" in schema else {**schema, "default": {}}
 
 
 _KEPT = ("type", "description", "default", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems",

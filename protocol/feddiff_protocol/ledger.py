@@ -29,6 +29,7 @@ class Phase(StrEnum):
     RESERVED = "Reserved"
     CHARGED = "Charged"
     RETURNED = "Returned"
+    UNKNOWN = "Unknown"  # what it was is lost (restored without its status): counted for good, it may have been charged
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Entry:
 
     def same_promise(self, other: "Entry") -> bool:
         """Whether both describe one and the same release, whatever has become of it since."""
-        return replace(self, reserved_at="", phase=Phase.RESERVED, manifest_sha256="") == replace(
-            other, reserved_at="", phase=Phase.RESERVED, manifest_sha256=""
+        return other == replace(
+            self, reserved_at=other.reserved_at, phase=other.phase, manifest_sha256=other.manifest_sha256
         )
 
 
@@ -65,11 +66,18 @@ class Account:
     total: Charge = field(default_factory=Charge)  # of every folded entry, returned ones included
     returned: Charge = field(default_factory=Charge)  # of folded entries that were given back
     pending: tuple[Entry, ...] = ()
+    lost: Charge = field(default_factory=Charge)  # of entries that are gone, by the owner's word; counted for good
+    num_acknowledged: int = 0  # contradictions that the owner has accepted so far
 
     @property
     def charges(self) -> tuple[Charge, ...]:
-        """What counts against the budget: folded entries less the returned ones, and every pending one."""
-        return (difference(self.total, self.returned), *(entry.charge for entry in self.pending))
+        """What counts against the budget: folded entries less the returned ones, lost and pending ones."""
+        return (*self.counted, *(entry.charge for entry in self.pending))
+
+    @property
+    def counted(self) -> tuple[Charge, ...]:
+        """What counts without the pending reservations."""
+        return (difference(self.total, self.returned), self.lost)
 
     def is_pending(self, name: str) -> bool:
         return any(entry.name == name for entry in self.pending)
@@ -101,16 +109,101 @@ def access_refusal(dataset: PrivateDataset, job_namespace: str, epsilon: Decimal
 def inconsistency(account: Account, entries: Iterable[Entry]) -> str | None:
     """None when account and entries agree; otherwise what differs. Nothing new may be admitted until the
     owner has looked. A return that is not folded yet is no contradiction: `fold_returns` catches up."""
-    folded = [entry for entry in entries if not account.is_pending(entry.name)]
+    entries = tuple(entries)
+    reserved = {entry.name: entry for entry in account.pending}
+    for entry in entries:
+        if entry.name in reserved and not entry.same_promise(reserved[entry.name]):
+            return f"entry {entry.name} promises something else than was reserved"
+    folded = _folded(account, entries)
     if len(folded) != account.num_entries:
         return f"the account counts {account.num_entries} entries, {len(folded)} exist"
     total = total_charge(entry.charge for entry in folded)
     if total != account.total:
         return f"the account sums to μ² = {account.total.mu_squared}, its entries to {total.mu_squared}"
-    given_back = total_charge(entry.charge for entry in folded if entry.phase is Phase.RETURNED)
+    given_back = _given_back(folded)
     if account.returned.mu_squared > given_back.mu_squared or account.returned.pure_epsilon > given_back.pure_epsilon:
         return f"the account counts μ² = {account.returned.mu_squared} as returned, entries {given_back.mu_squared}"
     return None
+
+
+def _folded(account: Account, entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if not account.is_pending(entry.name)]
+
+
+def _given_back(entries: Iterable[Entry]) -> Charge:
+    return total_charge(entry.charge for entry in entries if entry.phase is Phase.RETURNED)
+
+
+def adopt(entries: Iterable[Entry]) -> Account:
+    """The account of a dataset that has none, recreated or wiped: every entry of its past counts."""
+    entries = tuple(entries)
+    return Account(len(entries), total_charge(entry.charge for entry in entries), _given_back(entries))
+
+
+def contradiction(account: Account, entries: Iterable[Entry]) -> str:
+    """What the owner has to repeat to accept an inconsistency, empty where there is none.
+
+    Numbered, so that an old acknowledgement never covers a new contradiction.
+    """
+    problem = inconsistency(account, entries)
+    return f"{account.num_acknowledged + 1}: {problem}" if problem else ""
+
+
+def acknowledge(account: Account, entries: Iterable[Entry]) -> Account:
+    """The account rebuilt from the entries after its owner accepted a contradiction: what counts is the larger of
+    both sums, never the smaller. What has no entry any more is kept as lost."""
+    folded = _folded(account, tuple(entries))
+    total, returned = total_charge(entry.charge for entry in folded), _given_back(folded)
+    before, now = total_charge(account.counted), difference(total, returned)
+    larger = Charge(max(before.mu_squared, now.mu_squared), max(before.pure_epsilon, now.pure_epsilon))
+    return replace(
+        account,
+        num_entries=len(folded),
+        total=total,
+        returned=returned,
+        lost=difference(larger, now),
+        num_acknowledged=account.num_acknowledged + 1,
+    )
+
+
+def settled(account: Account, entries: Iterable[Entry]) -> Account:
+    """The account caught up with its entries: what was created is folded, what was given back is taken off.
+
+    Unchanged where the two contradict each other, unless the difference is entries that were given back and so count
+    for nothing: an operator that lost its reservation may still have created one.
+    """
+    entries = tuple(entries)
+    if inconsistency(account, entries):
+        knowing = _knowing_returned(account, entries)
+        if knowing is None:
+            return account
+        account = knowing
+    for entry in entries:
+        if entry.phase is not Phase.UNKNOWN:
+            account = fold(account, entry)
+    return fold_returns(account, entries)
+
+
+def _knowing_returned(account: Account, entries: tuple[Entry, ...]) -> Account | None:
+    """The account rebuilt from more entries than it knows, if what counts stays exactly the same."""
+    folded = _folded(account, entries)
+    total, returned = total_charge(entry.charge for entry in folded), _given_back(folded)
+    rebuilt = replace(account, num_entries=len(folded), total=total, returned=returned)
+    same = len(folded) > account.num_entries and rebuilt.counted == account.counted
+    return rebuilt if same and inconsistency(rebuilt, entries) is None else None
+
+
+def excess(budget: BudgetSpec, account: Account) -> str:
+    """Why nothing more may be charged, in words, where what counts already exceeds the budget; otherwise empty.
+
+    No admission leads there; a past adopted by a dataset with a smaller budget does.
+    """
+    limit = budget_mu_squared(budget.epsilon, budget.delta, budget.pure_epsilon)
+    admission = admits(limit, budget.pure_epsilon, account.charges, Charge())
+    if admission.admitted:
+        return ""
+    spent = spent_epsilon(account.charges, budget.delta)
+    return f"the ledger counts ε = {spent:.4f} of {budget.epsilon} (per {budget.unit}, δ = {budget.delta}) already"
 
 
 def reserve(budget: BudgetSpec, account: Account, entries: Iterable[Entry], request: Entry) -> Account | Refusal:
@@ -138,6 +231,8 @@ def _held_again(account: Account, held: Entry, request: Entry) -> Account | Refu
         return Refusal(f"entry {held.name} exists with another promise; a job's privacy cannot change")
     if held.phase is Phase.RETURNED:
         return Refusal(f"entry {held.name} was given back; its job cannot take it again; start a new job")
+    if held.phase is Phase.UNKNOWN:
+        return Refusal(f"entry {held.name} lost its phase; it may have been released already; start a new job")
     return account
 
 
@@ -164,19 +259,16 @@ def fold(account: Account, entry: Entry) -> Account:
     )
 
 
-def drop(account: Account, name: str) -> Account:
-    """The account without a pending reservation whose job is gone; it has no entry, so it has started nothing."""
-    return replace(account, pending=tuple(entry for entry in account.pending if entry.name != name))
-
-
 def charge(account: Account, entries: Iterable[Entry], entry: Entry) -> Entry:
     """The entry marked Charged: from now on its release may start, and it never comes back.
 
-    Raises PrivacyRefusal when it was given back, or when the account does not count it: somebody may have dropped
-    its reservation and let another job have the budget before the entry was created.
+    Raises PrivacyRefusal when it was given back, or when the account does not count it: its reservation may have
+    been lost, and another job may have the budget since.
     """
     if entry.phase is Phase.RETURNED:
         raise PrivacyRefusal(f"entry {entry.name} was given back: its release cannot start; start a new job")
+    if entry.phase is Phase.UNKNOWN:
+        raise PrivacyRefusal(f"entry {entry.name} lost its phase: its release may have started; start a new job")
     if account.is_pending(entry.name):
         raise PrivacyRefusal(f"entry {entry.name} is not in the account's sums yet; fold it before it is charged")
     if problem := inconsistency(account, entries):
@@ -191,8 +283,7 @@ def give_back(entry: Entry) -> Entry:
 
 def fold_returns(account: Account, entries: Iterable[Entry]) -> Account:
     """The account with every given-back entry taken off the sums."""
-    folded = (entry for entry in entries if not account.is_pending(entry.name) and entry.phase is Phase.RETURNED)
-    return replace(account, returned=total_charge(entry.charge for entry in folded))
+    return replace(account, returned=_given_back(_folded(account, entries)))
 
 
 def record_manifest(entry: Entry, manifest_sha256: str) -> Entry:

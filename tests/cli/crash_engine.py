@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from conftest import FakeStages, World
-
 from feddiff import engine, local_ledger, processes, run_folder
 
 

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse_document
+from cluster.kubernetes import ControlPlane
+from feddiff_protocol.api import DeadlinesSpec, FederatedDiffusionJob, PrivateDataset, parse_document
 from feddiff_protocol.errors import SpecInvalid
+from feddiff_protocol.stages import Stage
 
 DATASET: dict[str, Any] = {
     "apiVersion": "feddiff.dev/v1alpha1",
@@ -118,6 +120,75 @@ def test_one_dataset_may_serve_one_client_only() -> None:
     twice = [{"name": name, "dataset": {"namespace": "clinic-a", "name": "scans"}} for name in "ab"]
     with pytest.raises(SpecInvalid, match="each dataset once"):
         parse_document(changed(JOB, "spec.clients", twice), "job.yaml")
+
+
+def test_a_stages_own_deadlines_come_before_those_of_all_stages() -> None:
+    limits = {"startSeconds": 60, "stageSeconds": 600, "trainShared": {"stageSeconds": 86400}}
+    job = parse_document(changed(JOB, "spec.deadlines", limits), "job.yaml")
+    assert isinstance(job, FederatedDiffusionJob)
+    shared, sample = job.spec.deadlines.of("train-shared"), job.spec.deadlines.of("sample")
+    assert (shared.start_seconds, shared.stage_seconds) == (60, 86400)
+    assert (sample.start_seconds, sample.stage_seconds) == (60, 600)
+    assert FederatedDiffusionJob.model_validate(JOB).spec.deadlines.of("report").stage_seconds is None
+
+
+def test_every_stage_has_deadlines() -> None:
+    for stage in Stage:
+        assert stage.replace("-", "_") in DeadlinesSpec.model_fields
+
+
+# ---- What a real API server lets change --------------------------------------------------------------------------
+
+STORED = changed(changed(JOB, "spec.store", {"uri": "s3://federation/jobs"}), "spec.shared.resources",
+                 {"limits": {"cpu": "1"}})  # fmt: skip
+MORE = {"limits": {"cpu": "2"}}
+JOBS = "/apis/feddiff.dev/v1alpha1/namespaces/{}/federateddiffusionjobs"
+
+
+def edited(control_plane: ControlPlane, patch: dict[str, Any]) -> tuple[int, str]:
+    """Status and words of the API server for a merge patch of a stored job's spec."""
+    path = JOBS.format(control_plane.namespace())
+    document = {**STORED, "metadata": {"name": "digits"}}
+    assert control_plane.request("POST", path, document)[0] == 201
+    status, answer = control_plane.request(
+        "PATCH", f"{path}/digits", {"spec": patch}, content="application/merge-patch+json"
+    )
+    return status, answer.get("message", "")
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        {"suspend": True},
+        {"deadlines": {"stageSeconds": 5, "trainShared": {"startSeconds": 3}}},
+        {"ttlSecondsAfterFinished": 5},
+        {"suspend": True, "shared": {"resources": MORE}},
+        {"backoffLimit": 7, "cleanPodPolicy": "All"},
+    ],
+)
+def test_suspend_deadlines_ttl_and_resources_while_suspended_can_change(
+    control_plane: ControlPlane, patch: dict[str, Any]
+) -> None:
+    assert edited(control_plane, patch)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("patch", "words"),
+    [
+        ({"shared": {"resources": MORE}}, "shared.resources can change only while suspend is true"),
+        ({"shared": {"resources": None}}, "shared.resources can change only while suspend is true"),
+        ({"privacy": {"epsilon": "11"}}, "privacy cannot change"),
+        ({"clients": []}, "clients"),
+        ({"diffusion": {"splitSigma": "0.5"}}, "diffusion cannot change"),
+        ({"store": {"uri": "s3://elsewhere"}}, "store cannot change"),
+        ({"store": None}, "store cannot change"),
+        ({"managedBy": "example.com/other"}, "managedBy cannot change"),
+        ({"deadlines": {"trainShared": {"startSeconds": 0}}}, "startSeconds"),
+    ],
+)
+def test_what_others_rely_on_cannot(control_plane: ControlPlane, patch: dict[str, Any], words: str) -> None:
+    status, message = edited(control_plane, patch)
+    assert (status, words in message) == (422, True), message
 
 
 # ---- Fuzzing -----------------------------------------------------------------------------------------------------

@@ -65,3 +65,32 @@ def test_what_carries_the_promise_cannot_change_after_creation() -> None:
 def test_the_mechanism_has_no_default() -> None:
     privacy = dict(_nodes(_schema("federateddiffusionjobs")))[".spec.privacy"]
     assert "mechanism" in privacy["required"] and "default" not in privacy["properties"]["mechanism"]
+
+
+@pytest.mark.parametrize("plural", ["privatedatasets", "privacyreleases", "federateddiffusionjobs"])
+def test_the_committed_file_has_no_aliases(plural: str) -> None:
+    """Not every reader of manifests follows them."""
+    assert not [
+        event for event in yaml.parse((CRDS / f"{plural}.yaml").read_text()) if isinstance(event, yaml.AliasEvent)
+    ]
+
+
+@pytest.mark.parametrize("plural", ["privatedatasets", "privacyreleases", "federateddiffusionjobs"])
+def test_the_default_of_an_object_holds_the_defaults_of_its_fields(plural: str) -> None:
+    """The server checks an object's rules on its default as it stands, before the fields' own defaults come in."""
+    for path, node in _nodes(_schema(plural)["properties"]["spec"]):
+        if "default" in node and node["type"] == "object":
+            fields = {name: part["default"] for name, part in node.get("properties", {}).items() if "default" in part}
+            assert node["default"] == fields, path
+
+
+def test_what_may_be_left_out_of_a_type_may_be_left_out_of_a_manifest() -> None:
+    spec = dict(_nodes(_schema("federateddiffusionjobs")))[".spec"]
+    assert spec["required"] == ["clients", "privacy"]
+    assert spec["properties"]["shared"]["default"]["batch"] == 256
+    assert "default" not in spec["properties"]["store"]
+
+
+def test_a_name_fits_into_a_label() -> None:
+    name = dict(_nodes(_schema("federateddiffusionjobs")))[".metadata.name"]
+    assert name["maxLength"] == 63 and "." not in name["pattern"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feddiff_protocol import ledger
-from feddiff_protocol.accountant import Charge, charge_mu_squared, spent_epsilon
+from feddiff_protocol.accountant import Charge, charge_mu_squared, spent_epsilon, total_charge
 from feddiff_protocol.api import AccessRule, BudgetSpec, PrivateDataset
 from feddiff_protocol.errors import PrivacyRefusal
 from feddiff_protocol.ledger import Account, Entry, Phase, Refusal
@@ -55,6 +55,11 @@ def after(*entries: Entry) -> tuple[Account, list[Entry]]:
         made.append(each)
         account = ledger.fold(account, each)
     return account, made
+
+
+def _dropped(account: Account, name: str) -> Account:
+    """The account as somebody leaves it who takes a reservation without an entry out of it."""
+    return replace(account, pending=tuple(each for each in account.pending if each.name != name))
 
 
 # ---- Reserve -----------------------------------------------------------------------------------------------------
@@ -172,7 +177,7 @@ def test_what_was_given_back_frees_the_budget_and_cannot_be_charged() -> None:
 def test_an_entry_whose_reservation_was_dropped_cannot_be_charged() -> None:
     """A planner drops the reservation of a job it believes gone; a zombie of that job then creates the entry."""
     account = admitted(ledger.reserve(BUDGET, Account(), [], entry("zombie")))
-    account = ledger.drop(account, entry("zombie").name)
+    account = _dropped(account, entry("zombie").name)
     account = ledger.fold(account, entry("zombie"))
     with pytest.raises(PrivacyRefusal, match="contradicts itself"):
         ledger.charge(account, [entry("zombie")], entry("zombie"))
@@ -197,6 +202,109 @@ def test_one_entry_holds_one_manifest() -> None:
     assert ledger.record_manifest(once, "0" * 64) == once
     with pytest.raises(PrivacyRefusal, match="a second release"):
         ledger.record_manifest(once, "1" * 64)
+
+
+# ---- A past, and contradictions ----------------------------------------------------------------------------------
+
+
+def net(account: Account) -> Decimal:
+    return total_charge(account.charges).mu_squared
+
+
+def test_an_entry_that_lost_its_phase_counts_for_good_and_releases_nothing() -> None:
+    account, entries = after(entry())
+    lost = replace(entries[0], phase=Phase.UNKNOWN)
+    assert ledger.give_back(lost) == lost
+    assert ledger.settled(account, [lost]) == account
+    assert "lost its phase" in refused(ledger.reserve(BUDGET, account, [lost], entry()))
+    with pytest.raises(PrivacyRefusal, match="lost its phase"):
+        ledger.charge(account, [lost], lost)
+    with pytest.raises(PrivacyRefusal, match="without a charge"):
+        ledger.record_manifest(lost, "0" * 64)
+
+
+def test_a_past_is_adopted_as_it_was_counted() -> None:
+    account, entries = after(entry("1"), entry("2", "4"))
+    entries = [ledger.charge(account, entries, entries[0]), ledger.give_back(entries[1])]
+    account = ledger.settled(account, entries)
+    assert ledger.adopt(entries) == account
+    assert ledger.adopt([]) == Account()
+
+
+def test_settling_folds_what_exists_and_takes_off_what_was_given_back() -> None:
+    account = admitted(ledger.reserve(BUDGET, Account(), [], entry("1")))
+    account = admitted(ledger.reserve(BUDGET, account, [], entry("2", "4")))
+    made = [ledger.give_back(entry("1")), replace(entry("2", "4"), phase=Phase.UNKNOWN)]
+    settled = ledger.settled(account, made)
+    assert [each.name for each in settled.pending] == ["prl-2"], "an entry at its birth is not counted twice"
+    assert net(settled) == CHARGES["4"]
+    assert ledger.settled(settled, made) == settled
+
+
+def test_a_reservation_whose_entry_promises_something_else_is_a_contradiction() -> None:
+    account = admitted(ledger.reserve(BUDGET, Account(), [], entry("1", "10")))
+    cheaper = entry("1", "1")
+    assert "promises something else" in (ledger.inconsistency(account, [cheaper]) or "")
+    assert ledger.settled(account, [cheaper]) == account
+
+
+def test_an_entry_nobody_counted_heals_only_once_it_counts_for_nothing() -> None:
+    account, entries = after(entry("1"), entry("2"))
+    stranger = entry("3", "4")
+    assert ledger.settled(account, [*entries, stranger]) == account
+    healed = ledger.settled(account, [*entries, ledger.give_back(stranger)])
+    assert healed.num_entries == 3 and net(healed) == net(account)
+    assert ledger.inconsistency(healed, [*entries, ledger.give_back(stranger)]) is None
+
+
+def test_a_return_never_takes_off_what_was_not_counted() -> None:
+    """The mutant of settling: folding a stranger's return without counting the stranger frees somebody's budget."""
+    account, entries = after(entry("1"), entry("2"))
+    seen = [*entries, ledger.give_back(entry("3", "4"))]
+    assert net(ledger.settled(account, seen)) == net(account)
+    assert net(ledger.fold_returns(account, seen)) < net(account)
+
+
+def test_what_was_acknowledged_is_the_larger_of_both_sums() -> None:
+    account, entries = after(entry("1", "8"), entry("2", "4"))
+    for seen in ([entries[0]], [*entries, entry("3", "1")], [replace(entries[0], charge=Charge(CHARGES["1"]))], []):
+        assert ledger.contradiction(account, seen).startswith("1: the account")
+        rebuilt = ledger.acknowledge(account, seen)
+        assert ledger.contradiction(rebuilt, seen) == ""
+        assert net(rebuilt) == max(net(account), total_charge(each.charge for each in seen).mu_squared)
+
+
+@given(st.data())
+def test_neither_settling_nor_acknowledging_ever_forgets_what_counts(data: st.DataObject) -> None:
+    """Whatever was deleted, added or given back: the sum falls by what was given back and counted, by nothing else."""
+    account, entries = after(entry("1", "8"), entry("2", "4"), entry("3", "4"), entry("4", "1"))
+    phases = st.sampled_from([Phase.RESERVED, Phase.CHARGED, Phase.RETURNED, Phase.UNKNOWN])
+    candidates = [*entries, entry("5", "2"), entry("6", "4")]
+    seen = [replace(each, phase=data.draw(phases)) for each in candidates if data.draw(st.booleans())]
+    counting = total_charge(each.charge for each in seen if each.phase is not Phase.RETURNED).mu_squared
+    given_back = total_charge(each.charge for each in seen if each.phase is Phase.RETURNED).mu_squared
+    assert net(ledger.settled(account, seen)) >= net(account) - given_back
+    if ledger.contradiction(ledger.settled(account, seen), seen):
+        assert ledger.settled(account, seen) == account
+        assert net(ledger.acknowledge(account, seen)) == max(net(account), counting)
+    else:
+        assert net(ledger.settled(account, seen)) >= counting
+
+
+def test_an_old_acknowledgement_never_covers_a_new_contradiction() -> None:
+    account, entries = after(entry("1", "1"), entry("2", "1"))
+    first = ledger.contradiction(account, entries[:1])
+    account = ledger.acknowledge(account, entries[:1])
+    again = ledger.fold(admitted(ledger.reserve(BUDGET, account, entries[:1], entry("3", "1"))), entry("3", "1"))
+    second = ledger.contradiction(again, entries[:1])
+    assert first.removeprefix("1: ") == second.removeprefix("2: ") and first != second
+
+
+def test_what_exceeds_a_smaller_budget_is_said_in_words() -> None:
+    account, _ = after(entry("1", "8"))
+    assert ledger.excess(BUDGET, account) == ""
+    smaller = BudgetSpec(epsilon=Decimal(4), delta=Decimal("1e-5"))
+    assert "ε = 8.0000 of 4" in ledger.excess(smaller, account)
 
 
 @given(st.lists(st.sampled_from(sorted(CHARGES)), max_size=12))
@@ -298,7 +406,7 @@ def dropper(cluster: Cluster, name: str) -> Iterator[None]:
     if name not in cluster.entries and account.is_pending(name):
         yield
         try:
-            cluster.swap(version, ledger.drop(account, name))
+            cluster.swap(version, _dropped(account, name))
         except Conflict:
             return
 

@@ -8,7 +8,10 @@ import pytest
 
 from feddiff_protocol.api import FederatedDiffusionJob
 from feddiff_protocol.plan import (
+    HINDERS_STARTS,
+    MESSAGE_LENGTH,
     OWNER_STAGES,
+    WAITED_FOR,
     ChargeReservation,
     ClientObserved,
     GiveBack,
@@ -16,12 +19,14 @@ from feddiff_protocol.plan import (
     JobPhase,
     Observed,
     Plan,
+    Reason,
     Reserve,
     StageKey,
     StageObserved,
     StagePhase,
     Start,
     Stop,
+    not_accepted,
     plan,
     releases_that_count,
 )
@@ -209,6 +214,151 @@ def test_the_releases_that_count_come_with_the_hashes_of_their_receipts() -> Non
     assert [(each.client, each.manifest_sha256[:2]) for each in references] == [("a", "61"), ("c", "63")]
 
 
+# ---- What is waited for, and in which words ----------------------------------------------------------------------
+
+
+def refused(reason: Reason, hold: Hold = Hold.NONE) -> ClientObserved:
+    return ClientObserved(hold, f"no: {reason}", reason)
+
+
+def test_the_platforms_words_reach_phase_and_conditions() -> None:
+    stages = dict(running(Stage.RELEASE, name) for name in "abc")
+    words = "release of a, b: Unschedulable: 0/3 nodes are available"
+    status = plan(job(), Observed(holding(Hold.CHARGED), stages, waiting=(words,))).status
+    assert words in status.message
+    assert (status.condition("Released").reason, words in status.condition("Released").message) == (
+        Reason.WAITING,
+        True,
+    )
+    assert status.condition("BudgetReserved").reason is Reason.BUDGET_RESERVED
+
+
+def test_a_failure_that_is_tried_again_is_named_meanwhile() -> None:
+    stages = {**released("b", "c"), **dict([failed(Stage.RELEASE, "a", 69)])}
+    status = plan(job(), Observed(holding(Hold.CHARGED), stages)).status
+    assert status.condition("Complete").reason is Reason.RETRYING
+    assert "release of client a: attempt 2 follows, the last one failed: broke" in status.message
+
+
+def test_words_are_bounded_however_many_there_are() -> None:
+    names = "abc"
+    waiting = tuple("word " * 200 for _ in range(1000))
+    status = plan(job(names), Observed(holding(Hold.CHARGED), waiting=waiting)).status
+    assert max(len(condition.message) for condition in status.conditions) <= MESSAGE_LENGTH
+
+
+@pytest.mark.parametrize("reason", WAITED_FOR)
+def test_before_the_charge_an_owner_is_waited_for_and_others_keep_their_reservations(reason: Reason) -> None:
+    clients = {"a": refused(reason), "b": ClientObserved(), "c": ClientObserved(Hold.RESERVED)}
+    decision = plan(job(), Observed(clients))
+    assert decision.actions == (Reserve("b"),)
+    assert (decision.status.phase, decision.status.condition("Complete").reason) == (JobPhase.RESERVING, reason)
+    assert f"client a: no: {reason}" in decision.status.message
+    alone = plan(job("a"), Observed({"a": refused(reason)}))
+    assert (alone.actions, alone.status.phase) == ((), JobPhase.PENDING)
+
+
+def test_nobody_is_charged_while_a_ledger_contradicts_itself_but_who_is_charged_goes_on() -> None:
+    clients = {**holding(Hold.RESERVED, "bc"), "a": refused(Reason.LEDGER_MISMATCH, Hold.RESERVED)}
+    assert plan(job(), Observed(clients)).actions == ()
+    clients = {**holding(Hold.CHARGED, "bc"), "a": refused(Reason.LEDGER_MISMATCH, Hold.CHARGED)}
+    assert starts(plan(job(), Observed(clients))) == [("release", name) for name in "abc"]
+
+
+@pytest.mark.parametrize("reason", HINDERS_STARTS)
+def test_a_charged_client_that_cannot_start_is_waited_for(reason: Reason) -> None:
+    clients = {**holding(Hold.CHARGED, "bc"), "a": refused(reason, Hold.CHARGED)}
+    decision = plan(job(), Observed(clients))
+    assert starts(decision) == [("release", "b"), ("release", "c")]
+    assert (decision.status.condition("Released").reason, "client a: no" in decision.status.message) == (reason, True)
+
+
+def test_a_dataset_that_goes_once_a_stage_has_started_is_a_loss() -> None:
+    clients = {**holding(Hold.CHARGED, "bc"), "a": refused(Reason.DATASET_MISSING, Hold.CHARGED)}
+    decision = plan(job(), Observed(clients, dict([running(Stage.RELEASE, "a")])))
+    assert decision.actions == (Stop(Stage.RELEASE, "a"),)
+    assert decision.status.condition("Failed").reason is Reason.DATASET_MISSING
+
+
+def test_who_is_through_with_everything_cannot_be_lost_any_more() -> None:
+    stages = {**released("a"), **dict(done(stage, "a") for stage in OWNER_STAGES), **dict([done(Stage.TRAIN_SHARED)])}
+    clients = {"a": refused(Reason.ACCESS_DENIED, Hold.CHARGED)}
+    assert starts(plan(job("a"), Observed(clients, stages))) == [("report", "")]
+
+
+# ---- Who is dropped ----------------------------------------------------------------------------------------------
+
+
+def test_a_dropped_clients_pods_are_stopped_and_its_reservation_is_given_back() -> None:
+    clients = {**holding(Hold.RESERVED, "ab"), "c": refused(Reason.ACCESS_DENIED, Hold.RESERVED)}
+    assert GiveBack("c") in plan(job(quorum=2), Observed(clients)).actions
+    stages = {**released(*"abc"), **dict([running(Stage.TRAIN_PERSONAL, "c"), running(Stage.TRAIN_PERSONAL, "a")])}
+    clients = {**holding(Hold.CHARGED, "ab"), "c": refused(Reason.ACCESS_DENIED, Hold.CHARGED)}
+    stops = [each for each in plan(job(quorum=2), Observed(clients, stages)).actions if isinstance(each, Stop)]
+    assert stops == [Stop(Stage.TRAIN_PERSONAL, "c")]
+
+
+@pytest.mark.parametrize(
+    ("story", "reasons", "expected"),
+    [
+        ("a budget before everything", (Reason.PRIVACY_BUDGET_EXCEEDED, Reason.ACCESS_DENIED), "PrivacyBudgetExceeded"),
+        ("access before what else went wrong", (Reason.ACCESS_DENIED, Reason.INVALID_SPEC), "AccessDenied"),
+        ("what all have in common", (Reason.INVALID_POD_TEMPLATE, Reason.INVALID_POD_TEMPLATE), "InvalidPodTemplate"),
+        ("nothing in common", (Reason.INVALID_POD_TEMPLATE, Reason.INVALID_SPEC), "ClientsLost"),
+    ],
+)
+def test_a_job_that_lost_its_clients_says_why(story: str, reasons: tuple[Reason, Reason], expected: str) -> None:
+    clients = dict(zip("ab", map(refused, reasons), strict=True))
+    assert plan(job("ab"), Observed(clients)).status.condition("Failed").reason == expected, story
+
+
+def test_a_budget_that_is_held_is_no_question_any_more() -> None:
+    clients = {name: refused(Reason.PRIVACY_BUDGET_EXCEEDED, Hold.CHARGED) for name in "abc"}
+    assert plan(job(), Observed(clients)).status.dropped == {}
+
+
+@pytest.mark.parametrize("reason", [Reason.START_DEADLINE_EXCEEDED, Reason.STAGE_DEADLINE_EXCEEDED])
+def test_a_stage_that_missed_its_deadlines_ends_the_job_with_that_reason(reason: Reason) -> None:
+    late = StageObserved(StagePhase.FAILED, 4, 4, message="waited longer than 600 s", reason=reason)
+    shared = plan(job(), Observed(holding(Hold.CHARGED), {**released(*"abc"), (Stage.TRAIN_SHARED, ""): late}))
+    assert shared.status.condition("Failed").reason is reason
+    assert shared.status.message == "train-shared failed: waited longer than 600 s"
+    client = plan(job(), Observed(holding(Hold.CHARGED), {(Stage.RELEASE, "a"): late}))
+    assert client.status.condition("Failed").reason is reason
+
+
+# ---- Records that somebody deleted -------------------------------------------------------------------------------
+
+
+def test_a_counted_release_whose_receipt_is_gone_is_sent_again_before_anything_else() -> None:
+    observed = Observed(holding(Hold.CHARGED), released("b", "c"), counted=("a", "b", "c"))
+    decision = plan(job(), observed)
+    assert starts(decision) == [("release", "a")]
+    assert (decision.status.counted, decision.status.phase) == (("a", "b", "c"), JobPhase.RELEASING)
+
+
+def test_a_counted_release_that_can_no_longer_be_had_ends_the_job() -> None:
+    for seen in (ClientObserved(), refused(Reason.ACCESS_DENIED, Hold.CHARGED)):
+        clients = {**holding(Hold.CHARGED, "bc"), "a": seen}
+        decision = plan(job(quorum=2), Observed(clients, released("b", "c"), counted=("a", "b", "c")))
+        assert decision.status.condition("Failed").reason is Reason.CLIENTS_LOST
+
+
+def test_an_end_leaves_nothing_running_and_nothing_held_back() -> None:
+    stages = dict([done(Stage.REPORT), running(Stage.SAMPLE, "c")])
+    clients = {**holding(Hold.CHARGED, "ab"), "c": ClientObserved(Hold.RESERVED)}
+    decision = plan(job(quorum=2), Observed(clients, stages))
+    assert decision.status.phase is JobPhase.COMPLETE
+    assert decision.actions == (Stop(Stage.SAMPLE, "c"), GiveBack("c"))
+
+
+def test_a_job_that_cannot_be_understood_has_all_conditions_and_its_reason() -> None:
+    status = not_accepted(Reason.INVALID_SPEC, "spec.privacy.epsilon: expected a value")
+    assert [condition.type for condition in status.conditions] == CONDITIONS
+    assert [condition.type for condition in status.conditions if condition.status] == ["Failed"]
+    assert {condition.reason for condition in status.conditions} == {Reason.INVALID_SPEC}
+
+
 # ---- Any state, and a simulated world ----------------------------------------------------------------------------
 
 
@@ -231,7 +381,7 @@ def check_invariants(decision: Plan, observed: Observed) -> None:
 def any_state(draw: random.Random, names: str) -> Observed:
     """States no honest world would reach, too: entries lost, stages done out of order."""
     clients = {
-        name: ClientObserved(draw.choice(list(Hold)), draw.choice(["", "", "", "no"]))
+        name: ClientObserved(draw.choice(list(Hold)), draw.choice(["", "", "", "no"]), draw.choice(list(Reason)))
         for name in names
         if draw.random() < 0.9
     }

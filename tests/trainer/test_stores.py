@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 from urllib.parse import parse_qs, urlparse
 
 import pytest
@@ -19,7 +20,7 @@ from feddiff_protocol.errors import (
     StoreUnavailable,
 )
 from feddiff_trainer import stores
-from feddiff_trainer.stores import Store, check_creates_once, open_store
+from feddiff_trainer.stores import FolderStore, Store, check_creates_once, open_store
 
 
 class S3Handler(BaseHTTPRequestHandler):
@@ -293,3 +294,43 @@ def test_large_object_is_written_whole(tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}")
     store.put("big", data)
     assert store.get("big") == data
+
+
+# ---- Whose settings ----------------------------------------------------------------------------------------------
+
+
+def settings_seen(monkeypatch: pytest.MonkeyPatch, whose: Literal["owner", "federation"] | None) -> dict[str, str]:
+    """What of the environment a bucket is opened with."""
+    seen: dict[str, str] = {}
+
+    def remember(uri: str) -> Store:
+        names = ("AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
+        seen.update({name: value for name in names if (value := os.environ.get(name))})
+        return FolderStore("file:///nowhere")
+
+    monkeypatch.setattr(stores, "BucketStore", remember)
+    open_store("s3://bucket/prefix", whose)
+    return seen
+
+
+def test_each_store_is_opened_with_its_own_settings_before_common_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"AWS_REGION": "here", "AWS_ACCESS_KEY_ID": "common", "AWS_SESSION_TOKEN": "of the common key"}
+    for name, value in (
+        common | {"OWNER_AWS_ACCESS_KEY_ID": "owner", "FEDERATION_AWS_ENDPOINT_URL": "http://federation"}
+    ).items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    assert settings_seen(monkeypatch, None) == common
+    assert settings_seen(monkeypatch, "owner") == {"AWS_REGION": "here", "AWS_ACCESS_KEY_ID": "owner"}
+    assert settings_seen(monkeypatch, "federation") == common | {"AWS_ENDPOINT_URL": "http://federation"}
+    assert dict(os.environ) == before
+
+
+def test_a_bucket_is_reached_by_the_owners_settings(monkeypatch: pytest.MonkeyPatch, bucket: type[S3Handler]) -> None:
+    monkeypatch.setenv("OWNER_AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    open_store("s3://bucket/prefix", "owner").put("a", b"data")
+    assert open_store("s3://bucket/prefix", "owner").get("a") == b"data"
+    monkeypatch.setattr(stores, "BUCKET_RETRIES", 0)
+    with pytest.raises(StoreUnavailable):
+        open_store("s3://bucket/prefix", "federation").get("a")

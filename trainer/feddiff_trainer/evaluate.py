@@ -43,7 +43,10 @@ LARGEST_DRAWN = 1024  # values of an image up to which a covariance is decompose
 
 def body(spec: EvaluateSpec) -> dict[str, str]:
     """evaluation.json and the owner report are in the owner's store; nothing about them is public."""
-    owner_store, federation_store = open_store(spec.owner_store), open_store(spec.federation_store)
+    owner_store, federation_store = (
+        open_store(spec.owner_store, "owner"),
+        open_store(spec.federation_store, "federation"),
+    )
     promise = promise_of(spec.privacy, spec.diffusion)
     records = read_source(spec.source, spec.image, spec.classes)
     key = layout.samples(spec.job.uid, spec.client)

@@ -32,7 +32,10 @@ from .stores import FAILURES, PROBE, Store, check_creates_once, open_store
 
 def body(spec: ReleaseSpec) -> dict[str, str]:
     """The receipt's outputs of a release from the spec's own stores, with the operating system's noise."""
-    owner_store, federation_store = open_store(spec.owner_store), open_store(spec.federation_store)
+    owner_store, federation_store = (
+        open_store(spec.owner_store, "owner"),
+        open_store(spec.federation_store, "federation"),
+    )
     normals = os_entropy_normals()
     return {"manifest": release(spec, owner_store=owner_store, federation_store=federation_store, normals=normals)}
 

@@ -40,7 +40,7 @@ MECHANISMS = {
 
 def body(spec: ReportSpec) -> dict[str, str]:
     """The job report is in the federation store; its hash comes back. Raises DataInvalid for another denoiser's job."""
-    store = open_store(spec.federation_store)
+    store = open_store(spec.federation_store, "federation")
     get_verified(store, layout.shared_denoiser(spec.job.uid), spec.shared_denoiser_sha256)  # the samples are its
     key = layout.shared_samples(spec.job.uid)
     samples = read_samples(store.get(key), key, [SET], spec.image, spec.classes.count)

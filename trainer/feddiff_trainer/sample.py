@@ -32,9 +32,9 @@ from .train_shared import image_shape
 
 
 def body(spec: SampleSpec) -> dict[str, str]:
-    owner_store = open_store(spec.owner_store)
+    owner_store = open_store(spec.owner_store, "owner")
     shared_key = layout.shared_denoiser(spec.job.uid)
-    shared = get_verified(open_store(spec.federation_store), shared_key, spec.shared_denoiser_sha256)
+    shared = get_verified(open_store(spec.federation_store, "federation"), shared_key, spec.shared_denoiser_sha256)
     key = layout.personal_denoiser(spec.job.uid, spec.client)
     personal = denoiser_from_bytes(owner_store.get(key), key)
     images, label_N = draw_arms(spec, denoiser_from_bytes(shared, shared_key), personal, generator_of(spec))

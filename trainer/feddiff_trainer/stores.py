@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 from urllib.parse import unquote
 
 from feddiff_protocol.errors import (
@@ -51,6 +51,8 @@ UNWRITABLE = frozenset(
         errno.ENAMETOOLONG,
     }
 )
+# obstore names these for a single object; for a list and a deletion they come as text in a "Generic S3 error".
+_REFUSED = re.compile(r"401 Unauthorized|403 Forbidden|404 Not Found|\(code: AccessDenied\)")
 UNREADABLE = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR})
 
 
@@ -82,13 +84,33 @@ class Store(Protocol):
         ...
 
 
-def open_store(uri: str) -> Store:
-    """The store that `uri` names. Buckets take credentials, endpoint and region from AWS_… in the environment."""
+def open_store(uri: str, whose: Literal["owner", "federation"] | None = None) -> Store:
+    """The store that `uri` names. Buckets take credentials, endpoint and region from AWS_… in the environment, where
+    OWNER_AWS_… or FEDERATION_AWS_…, as `whose` says, come first: an owner's stages use both stores."""
     if uri.startswith("file://"):
         return FolderStore(uri)
     if uri.startswith("s3://"):
-        return BucketStore(uri)
+        with _settings_of(whose):
+            return BucketStore(uri)
     raise ConfigurationInvalid(f"store {uri}: expected file:///folder or s3://bucket/prefix; correct the address")
+
+
+@contextmanager
+def _settings_of(whose: str | None) -> Iterator[None]:
+    """AWS_… in the environment are those of `whose`, a key of its own without the session of another."""
+    # In the environment, as obstore's own config refuses what it ignores there (AWS_PROFILE, AWS_ALLOW_HTTP).
+    before = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    prefix = f"{whose or ''}_".upper()
+    own = {name.removeprefix(prefix): value for name, value in os.environ.items() if name.startswith(f"{prefix}AWS_")}
+    if "AWS_ACCESS_KEY_ID" in own:
+        os.environ.pop("AWS_SESSION_TOKEN", None)
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def get_verified(store: Store, key: str, sha256: str) -> bytes:
@@ -337,6 +359,8 @@ class BucketStore:
         except (InvalidPathError, NotSupportedError, UnknownConfigurationKeyError) as error:
             raise ConfigurationInvalid(f"{where}: {_first_line(error)}; use another store or setting") from error
         except (BaseError, OSError) as error:
+            if _REFUSED.search(str(error)):
+                raise refused(f"{where}: {_first_line(error)}; check the address and who may use it") from error
             raise StoreUnavailable(f"{where}: the store does not answer: {_first_line(error)}; try again") from error
 
 

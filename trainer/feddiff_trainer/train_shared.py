@@ -33,7 +33,7 @@ REPORTED_PER_CLASS = 10
 
 
 def body(spec: TrainSharedSpec) -> dict[str, str]:
-    store = open_store(spec.federation_store)
+    store = open_store(spec.federation_store, "federation")
     with distributed() as world:
         releases = read_releases(store, spec, spec.num_classes)
         denoiser = shared_denoiser(spec, releases, world)

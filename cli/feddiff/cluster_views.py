@@ -1,0 +1,789 @@
+"""What a cluster says about jobs, their attempts and budgets: objects in, answers for people and as JSON out.
+
+Pure: on_cluster.py reads the objects. What the reader may not see is said to be so, with whom to ask; nothing that a
+stage of an owner printed is ever repeated.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import ROUND_CEILING, Decimal
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from feddiff_protocol import ledger
+from feddiff_protocol.accountant import Charge, admits, budget_mu_squared, spent_epsilon
+from feddiff_protocol.api import BudgetSpec, FederatedDiffusionJob, PrivateDataset, parse
+from feddiff_protocol.errors import InputMissing, SpecInvalid, UsageInvalid
+from feddiff_protocol.ledger import Account, Entry, Phase
+from feddiff_protocol.ledger_objects import account_of, entry_of
+from feddiff_protocol.plan import Reason
+from feddiff_protocol.promise import promise_of
+from feddiff_protocol.stages import Stage
+
+from .plan_report import decimal_text
+
+Object = dict[str, Any]
+
+JOB_UID, JOB_NAME, JOB_NAMESPACE = "feddiff.dev/job-uid", "feddiff.dev/job", "feddiff.dev/job-namespace"
+STAGE, CLIENT, ATTEMPT = "feddiff.dev/stage", "feddiff.dev/client", "feddiff.dev/attempt"
+RECEIPT, STOPPED, STOPPED_BECAUSE = "feddiff.dev/receipt", "feddiff.dev/stopped", "feddiff.dev/stopped-because"
+EXIT_CODE, MESSAGE = "feddiff.dev/exit-code", "feddiff.dev/message"
+JOB_NAME_OF_POD = "batch.kubernetes.io/job-name"
+COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+
+SHARED_STAGES = (Stage.TRAIN_SHARED, Stage.REPORT)  # of the whole job, in its own namespace
+SHOWN_ATTEMPTS = 20
+SHOWN_CLIENTS = 50
+SHOWN_NAMESPACES = 5
+
+# ---- status ------------------------------------------------------------------------------------------------------
+
+
+def jobs_document(jobs: Iterable[Object]) -> Object:
+    """Every job in one line's worth of JSON."""
+    return {"jobs": [_job_row(job) for job in sorted(jobs, key=_key)]}
+
+
+def _job_row(job: Object) -> Object:
+    status = job.get("status") or {}
+    return {
+        "namespace": job["metadata"]["namespace"],
+        "name": job["metadata"]["name"],
+        "phase": status.get("phase", ""),
+        "clients": status.get("clientsSummary", ""),
+        "progress": status.get("progress", ""),
+        "epsilon": job["spec"].get("privacy", {}).get("epsilon", ""),
+        "trainer": status.get("trainer", ""),
+        "created": job["metadata"].get("creationTimestamp", ""),
+        "message": status.get("message", ""),
+    }
+
+
+def print_jobs(document: Object, console: Console, now: datetime) -> None:
+    columns = ("namespace", "job", "phase", "clients", "progress", "ε", "trainer", "age")
+    rows = [
+        (
+            each["namespace"],
+            each["name"],
+            each["phase"] or "unseen",
+            each["clients"],
+            each["progress"],
+            each["epsilon"],
+            each["trainer"],
+            _age(each["created"], now),
+        )
+        for each in document["jobs"]
+    ]
+    if rows:
+        print_table(console, columns, rows)
+    else:
+        say(console, "no jobs here")
+
+
+def job_document(job: Object) -> Object:
+    """One job's status as JSON."""
+    row, status, metadata = _job_row(job), job.get("status") or {}, job["metadata"]
+    return {
+        "job": {"namespace": row["namespace"], "name": row["name"]},
+        "uid": metadata["uid"],
+        "phase": row["phase"],
+        "message": row["message"],
+        "upToDate": status.get("observedGeneration") == metadata.get("generation"),
+        **{name: row[name] for name in ("clients", "progress", "epsilon", "trainer", "created")},
+        "conditions": [
+            {
+                "type": each["type"],
+                "status": each["status"] == "True",
+                "reason": each.get("reason", ""),
+                "message": each.get("message", ""),
+            }
+            for each in status.get("conditions") or []
+        ],
+        "counted": list(status.get("counted") or []),
+        "dropped": {each["client"]: each["reason"] for each in status.get("dropped") or []},
+        "numDropped": status.get("numDropped", 0),
+        "stages": [dict(each) for each in status.get("stages") or []],
+    }
+
+
+def print_job(document: Object, console: Console, now: datetime) -> None:
+    job = document["job"]
+    say(console, f"Job {job['namespace']}/{job['name']}: {document['phase'] or 'unseen by an operator'}")
+    if document["message"]:
+        say(console, f"  {document['message']}")
+    say(
+        console,
+        f"  clients {document['clients'] or '-'}, progress {document['progress'] or '-'}, trainer"
+        f" {document['trainer'] or '-'}, ε = {document['epsilon']}, age {_age(document['created'], now)},"
+        f" uid {document['uid']}",
+    )
+    if document["phase"] and not document["upToDate"]:
+        say(console, "  the job was changed since; the operator has not looked at it yet")
+    counts = ("running", "succeeded", "failed", "stopped")
+    rows = [(each["stage"], *(str(each.get(name, 0)) for name in counts)) for each in document["stages"]]
+    print_table(console, ("stage", *counts), rows)
+    reached = [(each["type"], "yes" if each["status"] else "no", each["reason"]) for each in document["conditions"]]
+    print_table(console, ("condition", "reached", "reason"), reached)
+    for client, why in document["dropped"].items():
+        say(console, f"client {client} no longer takes part: {why}")
+    if (more := document["numDropped"] - len(document["dropped"])) > 0:
+        say(console, f"and {more} more clients")
+
+
+# ---- why ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What the user's rights do not reach, and who can tell."""
+
+    namespace: str
+    what: str  # a plural: "pods"
+    ask: str
+
+
+@dataclass(frozen=True)
+class JobReference:
+    namespace: str
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything of one job that the user may read."""
+
+    reference: JobReference
+    job: Object | None = None  # None: an owner looks at somebody else's job from its own namespace
+    datasets: Mapping[str, Object | None] = field(default_factory=dict)  # by namespace/name; None: there is none
+    releases: Sequence[Object] = ()  # the job's entries in the owners' ledgers
+    attempts: Sequence[Object] = ()  # batch Jobs
+    pods: Sequence[Object] = ()
+    events: Sequence[Object] = ()  # warnings about batch Jobs
+    unreadable: tuple[Unreadable, ...] = ()
+
+    def may_not_read(self, namespace: str, what: str) -> bool:
+        return any((each.namespace, each.what) == (namespace, what) for each in self.unreadable)
+
+
+def why_document(scene: Scene) -> Object:
+    """Why a job waits or failed, as JSON: one reason in words, clients, attempts, and who has to do what."""
+    phase, reason, message = verdict(scene.job) if scene.job else ("", "", _not_yours(scene.reference))
+    attempts = [_attempt_document(scene, each) for each in newest_attempts(scene.attempts)]
+    clients = _client_documents(scene)
+    return {
+        "job": {"namespace": scene.reference.namespace, "name": scene.reference.name},
+        "uid": scene.reference.uid,
+        "phase": phase,
+        "reason": reason,
+        "message": message,
+        "runbook": f"docs/runbooks/{reason}.md" if reason else "",
+        "next": next_steps(reason, attempts),
+        "clients": clients,
+        "attempts": attempts,
+        "unreadable": [{"namespace": each.namespace, "what": each.what, "ask": each.ask} for each in scene.unreadable],
+    }
+
+
+def verdict(job: Object) -> tuple[str, str, str]:
+    """Phase, the one reason, and the message, in the operator's words."""
+    status = job.get("status") or {}
+    if not status.get("phase"):
+        return "", "", _unseen(job)
+    (failed,) = [each for each in status["conditions"] if each["type"] == "Failed"]  # it carries the current reason
+    message = failed.get("message") or status.get("message", "")
+    return status["phase"], failed.get("reason", ""), message
+
+
+def _unseen(job: Object) -> str:
+    manager = job["spec"].get("managedBy")
+    if manager not in (None, "feddiff.dev/operator"):
+        return f"spec.managedBy is {manager}: feddiff's operator leaves it to that one"
+    namespace = job["metadata"]["namespace"]
+    return (
+        f"no operator has looked at it: none runs, or it may not act in {namespace} (RoleBinding"
+        " feddiff-job-namespace); ask the platform engineer"
+    )
+
+
+def _not_yours(reference: JobReference) -> str:
+    return f"the job itself is in {reference.namespace}, where you may not read jobs; this is what your namespace shows"
+
+
+NOBODY, RESEARCHER, OWNER, PLATFORM = "nobody", "researcher", "owner", "platform"
+_GOES_ON = ((NOBODY, "nothing to do: it goes on by itself"),)
+_NEW_JOB = "what was charged stays charged, and a new job charges again"
+
+NEXT: Mapping[Reason, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(
+        (
+            *(Reason.ACCEPTED, Reason.BUDGET_RESERVED, Reason.RELEASED, Reason.SHARED_TRAINED),
+            *(Reason.PERSONAL_TRAINED, Reason.EVALUATED, Reason.RESERVING, Reason.CHARGING, Reason.RELEASING),
+            *(Reason.TRAINING, Reason.SAMPLING, Reason.EVALUATING, Reason.RETRYING),
+        ),
+        _GOES_ON,
+    ),
+    **dict.fromkeys(
+        (Reason.COMPLETE, Reason.FINISHED),
+        ((NOBODY, "nothing to do: the job report is in the job's store, each owner's report in its own"),),
+    ),
+    Reason.SUSPENDED: ((RESEARCHER, "set spec.suspend to false; it goes on where it stood"),),
+    Reason.WAITING: (
+        (PLATFORM, "make room, or mend what the scheduler, the kubelet or the queue says above"),
+        (OWNER, "the same for the pods in your namespace: quota, volume, image, node selector of spec.podTemplate"),
+    ),
+    Reason.DATASET_MISSING: (
+        (OWNER, "create the dataset named above (feddiff owner init writes one)"),
+        (RESEARCHER, "if the name is wrong, delete the job and make one that names the right dataset"),
+    ),
+    Reason.LEDGER_MISMATCH: (
+        (OWNER, "look at feddiff budget: put the ledger back from a backup, or acknowledge; never delete an entry"),
+    ),
+    Reason.INVALID_SPEC: (
+        (RESEARCHER, "correct what the message names and make a new job"),
+        (OWNER, "correct the dataset, where the message names one"),
+    ),
+    Reason.INVALID_POD_TEMPLATE: (
+        (OWNER, "take out of spec.podTemplate of the dataset what the message names"),
+        (RESEARCHER, "or out of spec.shared.podTemplate of the job, in a new job"),
+    ),
+    Reason.ACCESS_DENIED: (
+        (OWNER, "add the job's namespace to spec.access of the dataset, or raise its maxEpsilon, if you agree"),
+        (RESEARCHER, "ask the owner, or ask for a smaller epsilon in a new job"),
+    ),
+    Reason.IMAGE_NOT_ALLOWED: (
+        (OWNER, "add the image to spec.images of the dataset, if you trust it"),
+        (PLATFORM, "or run an image that the owners allow"),
+    ),
+    Reason.PRIVACY_BUDGET_EXCEEDED: (
+        (OWNER, "raise budget.epsilon of the dataset, if you agree; it can never be lowered again"),
+        (RESEARCHER, "if the job has failed, make a new one: with a smaller epsilon, or after the owner has raised it"),
+    ),
+    Reason.RELEASE_DEADLINE_EXCEEDED: (
+        (RESEARCHER, f"a new job with a later deadlines.releaseSeconds or a smaller quorum; {_NEW_JOB}"),
+    ),
+    Reason.START_DEADLINE_EXCEEDED: (
+        (PLATFORM, "make room for the pods named above"),
+        (RESEARCHER, f"a new job with a later deadlines.startSeconds; {_NEW_JOB}"),
+    ),
+    Reason.STAGE_DEADLINE_EXCEEDED: (
+        (RESEARCHER, f"a new job with a later deadlines.stageSeconds, or a shorter training; {_NEW_JOB}"),
+    ),
+    Reason.STAGE_FAILED: (
+        (RESEARCHER, f"read the log of the failed attempt, mend its cause, make a new job; {_NEW_JOB}"),
+    ),
+    Reason.CLIENTS_LOST: (
+        (OWNER, "read the log of your failed attempt and mend its cause"),
+        (RESEARCHER, f"a new job, with a smaller quorum if some owners stay away; {_NEW_JOB}"),
+    ),
+}
+
+# What an exit code asks for, and of whom; "" stands for whose stage it is.
+MEND: Mapping[str, tuple[str, str]] = {
+    "65": ("", "correct the records or the document that the log names"),
+    "66": ("", "put in place what the log misses: volume, path, or object"),
+    "69": (PLATFORM, "the store did not answer: address, keys, NetworkPolicy"),
+    "73": ("", "the store or the disk cannot be written: keys, prefix, quota"),
+    "74": (PLATFORM, "input or output failed: disk or network"),
+    "77": ("", "privacy refusal: nothing was sent; read the log, change nothing in the store"),
+    "78": (PLATFORM, "the installation or its image does not fit; the log says what"),
+    "137": ("", "killed: raise the memory limit if it ran out of memory"),
+}
+
+
+def next_steps(reason: str, attempts: Sequence[Object]) -> list[Object]:
+    """Who has to do what: for the reason, and for attempts that failed."""
+    known = reason in set(Reason)
+    waits = any(each["phase"] == "Waiting" for each in attempts)
+    general = NEXT[Reason(reason)] if known else NEXT[Reason.WAITING] if waits else ()
+    steps = [{"who": who, "what": what} for who, what in general]
+    for each in attempts:
+        if each["phase"] == "Failed" and each["exitCode"] in MEND:
+            who, what = MEND[each["exitCode"]]
+            whose = f"{OWNER} of client {each['client']}" if each["client"] else RESEARCHER
+            steps.append({"who": who or whose, "what": f"{_attempt_name(each)}: {what}"})
+    steps = [step for index, step in enumerate(steps) if step not in steps[:index]]
+    return steps or [{"who": NOBODY if attempts else PLATFORM, "what": "see above"}]
+
+
+def _client_documents(scene: Scene) -> list[Object]:
+    if scene.job is None:
+        return []
+    status = scene.job.get("status") or {}
+    dropped = {each["client"]: each["reason"] for each in status.get("dropped") or []}
+    clients = []
+    for each in scene.job["spec"]["clients"]:
+        reference = each["dataset"]
+        namespace = reference.get("namespace", "default")
+        key = f"{namespace}/{reference['name']}"
+        hold = _hold(scene, each["name"], namespace, key)
+        says = dropped.get(each["name"]) or _refusal(scene, key, hold)
+        clients.append(
+            {
+                "client": each["name"],
+                "dataset": key,
+                "hold": hold,
+                "takesPart": each["name"] not in dropped,
+                "says": says,
+            }
+        )
+    return clients
+
+
+def _hold(scene: Scene, client: str, namespace: str, key: str) -> str:
+    """What the owner's ledger holds for this client; "Hidden" where its entries are not the reader's to see."""
+    for release in scene.releases:
+        own = release["metadata"]["namespace"] == namespace and release["spec"]["client"] == client
+        if own and release["spec"]["job"]["uid"] == scene.reference.uid:
+            return str((release.get("status") or {}).get("phase", Phase.UNKNOWN.value))
+    account = ((scene.datasets.get(key) or {}).get("status") or {}).get("account") or {}
+    pending = [each["spec"] for each in account.get("pending") or []]
+    if any(each["client"] == client and each["job"]["uid"] == scene.reference.uid for each in pending):
+        return Phase.RESERVED.value
+    return "Hidden" if scene.may_not_read(namespace, "privacyreleases") else "None"
+
+
+def _refusal(scene: Scene, key: str, hold: str) -> str:
+    """Why the client cannot take part, as far as its dataset can be read; what is held is not asked again."""
+    if key not in scene.datasets or hold in (Phase.RESERVED.value, Phase.CHARGED.value):
+        return ""
+    found = scene.datasets[key]
+    if found is None:
+        return f"there is no dataset {key}"
+    assert scene.job is not None
+    try:
+        dataset = parse(PrivateDataset, found, f"dataset {key}")
+        job = parse(FederatedDiffusionJob, scene.job, "job")
+        if denied := ledger.access_refusal(dataset, job.metadata.namespace, job.spec.privacy.epsilon):
+            return denied.message
+        return _mismatch(found) or _over_budget(dataset, job, hold)
+    except SpecInvalid as error:
+        return str(error)
+
+
+def _mismatch(dataset: Object) -> str:
+    for each in (dataset.get("status") or {}).get("conditions") or []:
+        if each["type"] == "LedgerConsistent" and each["status"] == "False":
+            return str(each["message"])
+    return ""
+
+
+def _over_budget(dataset: PrivateDataset, job: FederatedDiffusionJob, hold: str) -> str:
+    """What the filter would answer; nothing where this job's charge may already be in the account."""
+    account = account_of(dataset.status)
+    if account is None or hold != "None":
+        return ""
+    budget, charge = dataset.spec.budget, promise_of(job.spec.privacy, job.spec.diffusion).charge
+    limit = budget_mu_squared(budget.epsilon, budget.delta, budget.pure_epsilon)
+    if admits(limit, budget.pure_epsilon, account.charges, charge).admitted:
+        return ""
+    spent = spent_epsilon(account.charges, budget.delta)
+    wanted = spent_epsilon((*account.charges, charge), budget.delta)
+    return (
+        f"its budget does not hold it: ε = {spent:.4f} of {budget.epsilon} counted, {wanted:.4f} with this job"
+        f" (per {budget.unit}, δ = {budget.delta})"
+    )
+
+
+def print_why(document: Object, console: Console) -> None:
+    job = document["job"]
+    say(console, f"Job {job['namespace']}/{job['name']}: {document['phase'] or '-'}")
+    say(console, f"  {document['reason']}: {document['message']}" if document["reason"] else f"  {document['message']}")
+    _print_clients(document["clients"], console)
+    _print_attempts(document["attempts"], console)
+    _print_unreadable(document["unreadable"], console)
+    say(console, "what to do:")
+    for step in document["next"]:
+        say(console, f"  {step['who']}: {step['what']}")
+    if document["runbook"]:
+        say(console, f"  more: {document['runbook']}")
+
+
+CALLED = {"jobs": "stages", "privacyreleases": "ledger entries", "privatedatasets": "datasets"}
+
+
+def _print_unreadable(unreadable: Sequence[Object], console: Console) -> None:
+    """One line for each kind of object: a job of many owners has many namespaces."""
+    for what, ask in dict.fromkeys((each["what"], each["ask"]) for each in unreadable):
+        namespaces = [each["namespace"] for each in unreadable if each["what"] == what]
+        more = f" and {len(namespaces) - SHOWN_NAMESPACES} more" if len(namespaces) > SHOWN_NAMESPACES else ""
+        say(
+            console,
+            f"not yours to read: {CALLED.get(what, what)} in {', '.join(namespaces[:SHOWN_NAMESPACES])}{more}; {ask}",
+        )
+
+
+def _print_clients(clients: Sequence[Object], console: Console) -> None:
+    if not clients:
+        return
+    first = sorted(clients, key=lambda each: (not each["says"], each["takesPart"]))[:SHOWN_CLIENTS]
+    rows = [(each["client"], each["dataset"], each["hold"], "yes" if each["takesPart"] else "no") for each in first]
+    print_table(console, ("client", "dataset", "budget", "takes part"), rows)
+    if len(clients) > len(first):
+        say(console, f"and {len(clients) - len(first)} more clients")
+    for each in first:
+        if each["says"]:
+            say(console, f"client {each['client']}: {each['says']}")
+
+
+def _print_attempts(attempts: Sequence[Object], console: Console) -> None:
+    telling = [each for each in attempts if each["phase"] != "Succeeded"]
+    for each in telling[:SHOWN_ATTEMPTS]:
+        code = f", exit code {each['exitCode']}" if each["exitCode"].isdigit() else ""
+        words = f": {each['says']}" if each["says"] else ""
+        say(console, f"{_attempt_name(each)} in {each['namespace']}: {each['phase']}{code}{words}")
+    if len(telling) > SHOWN_ATTEMPTS:
+        say(console, f"and {len(telling) - SHOWN_ATTEMPTS} more stages")
+
+
+def _attempt_name(attempt: Object) -> str:
+    whose = f" of {attempt['client']}" if attempt["client"] else ""
+    return f"{attempt['stage']}{whose}, attempt {attempt['attempt']}"
+
+
+# ---- Attempts ----------------------------------------------------------------------------------------------------
+
+
+def newest_attempts(attempts: Iterable[Object]) -> list[Object]:
+    """The newest batch Job of every stage and client, in the order of the stages."""
+    newest: dict[tuple[str, str], Object] = {}
+    for each in attempts:
+        of = (label(each, STAGE), label(each, CLIENT))
+        if of not in newest or _number(each) > _number(newest[of]):
+            newest[of] = each
+    order = [stage.value for stage in Stage]
+    known = {of: each for of, each in newest.items() if of[0] in order}
+    return [known[of] for of in sorted(known, key=lambda of: (order.index(of[0]), of[1]))]
+
+
+def _attempt_document(scene: Scene, attempt: Object) -> Object:
+    annotations = attempt["metadata"].get("annotations") or {}
+    phase, says = _attempt_state(scene, attempt, pods_of(attempt, scene.pods))
+    return {
+        "stage": label(attempt, STAGE),
+        "client": label(attempt, CLIENT),
+        "attempt": _number(attempt),
+        "namespace": attempt["metadata"]["namespace"],
+        "phase": phase,
+        "exitCode": annotations.get(EXIT_CODE, ""),
+        "says": says,
+    }
+
+
+def _attempt_state(scene: Scene, attempt: Object, pods: Sequence[Object]) -> tuple[str, str]:
+    """Phase, and the words of whoever hinders it: operator, queue, scheduler, kubelet, quota."""
+    written = attempt["metadata"].get("annotations") or {}
+    if RECEIPT in written:
+        return "Succeeded", ""
+    if STOPPED in written:
+        return "Stopped", str(written.get(STOPPED_BECAUSE, written[STOPPED]))
+    if EXIT_CODE in written:
+        stopped = written[EXIT_CODE] in ("lost", "75")
+        return "Stopped" if stopped else "Failed", str(written.get(MESSAGE, ""))
+    if words := next((words for pod in pods if (words := _pod_words(pod))), ""):
+        return "Waiting", words
+    if attempt["spec"].get("suspend"):
+        queue = label(attempt, "kueue.x-k8s.io/queue-name")
+        return "Waiting", f"queue {queue} has not admitted it" if queue else "something suspended its Job"
+    ended = [each for each in (attempt.get("status") or {}).get("conditions") or [] if each.get("status") == "True"]
+    if any(each["type"] in ("Failed", "Complete") for each in ended):
+        return "Ended", "the operator has not read its end yet"
+    return ("Running", "") if pods else ("Waiting", _event_words(scene.events, attempt))
+
+
+def _pod_words(pod: Object) -> str:
+    """Scheduler and kubelet about a pod that does not run; never what the pod itself printed."""
+    status = pod.get("status") or {}
+    if status.get("phase", "Pending") != "Pending":
+        return ""
+    for each in status.get("conditions") or []:
+        if each.get("type") == "PodScheduled" and each.get("status") == "False":
+            return f"{each.get('reason', 'Unschedulable')}: {each.get('message', '')}"
+    states = [each.get("state") or {} for each in status.get("containerStatuses") or []]
+    held = next((state["waiting"] for state in states if "waiting" in state), None)
+    if held is None:
+        return "its pod is being prepared"
+    return f"{held.get('reason', '')}: {held['message']}" if held.get("message") else str(held.get("reason", ""))
+
+
+def _event_words(events: Iterable[Object], attempt: Object) -> str:
+    uid = attempt["metadata"]["uid"]
+    own = [each for each in events if (each.get("involvedObject") or {}).get("uid") == uid]
+    newest = max(own, key=lambda each: each.get("lastTimestamp") or each.get("eventTime") or "", default=None)
+    return f"{newest.get('reason', '')}: {newest.get('message', '')}" if newest else "it has no pod yet"
+
+
+def without_pods(attempts: Iterable[Object], pods: Sequence[Object]) -> bool:
+    """Whether some attempt under way has no pod: then only the events of its Job can say why."""
+    return any(
+        not pods_of(each, pods) and not {RECEIPT, EXIT_CODE, STOPPED} & set(each["metadata"].get("annotations") or {})
+        for each in newest_attempts(attempts)
+    )
+
+
+def pods_of(attempt: Object, pods: Iterable[Object]) -> list[Object]:
+    """The attempt's pods, in the order of their ranks."""
+    place = attempt["metadata"]["namespace"], attempt["metadata"]["name"]
+    own = [each for each in pods if (each["metadata"]["namespace"], label(each, JOB_NAME_OF_POD)) == place]
+    return sorted(own, key=lambda each: (int(label(each, COMPLETION_INDEX) or 0), each["metadata"]["name"]))
+
+
+# ---- logs --------------------------------------------------------------------------------------------------------
+
+
+def check_stage(stage: str | None, client: str | None) -> None:
+    """Raises UsageInvalid for a stage that does not exist, or does not belong to a client."""
+    if stage is not None and stage not in set(Stage):
+        raise UsageInvalid(f"--stage: expected one of {', '.join(Stage)}, found {stage}")
+    if client is not None and stage in SHARED_STAGES:
+        raise UsageInvalid(f"--stage {stage} is of the whole job, found --client {client}; leave one out")
+
+
+def log_place(scene: Scene, client: str | None, stage: str | None) -> tuple[str, str]:
+    """Namespace and client ("" for a stage of the whole job) of the logs that are meant. Raises UsageInvalid."""
+    assert scene.job is not None
+    namespaces = {each["name"]: each["dataset"].get("namespace", "default") for each in scene.job["spec"]["clients"]}
+    if client is None and (stage is None or stage in SHARED_STAGES):
+        return scene.reference.namespace, ""
+    if client is None and len(namespaces) == 1:
+        (client,) = namespaces
+    names = ", ".join(list(namespaces)[:5]) + (", …" if len(namespaces) > 5 else "")
+    if client is None:
+        raise UsageInvalid(f"--stage {stage}: every client has one; name one with --client: {names}")
+    if client not in namespaces:
+        raise UsageInvalid(f"--client {client}: job {scene.reference.name} has no such client; it has {names}")
+    return namespaces[client], client
+
+
+def attempt_to_read(attempts: Sequence[Object], client: str | None, stage: str | None, of: str) -> Object:
+    """The attempt that was started last, of those that fit. `client` "" means the stages of the whole job, None any.
+
+    Raises InputMissing where none fits, UsageInvalid where several clients' do.
+    """
+    fitting = [
+        each
+        for each in attempts
+        if (stage is None or label(each, STAGE) == stage) and (client is None or label(each, CLIENT) == client)
+    ]
+    named = stage or ("any stage" if client or client is None else "train-shared or report")
+    if not fitting:
+        whose = f" of client {client}" if client else ""
+        hint = "" if stage or client or client is None else "; stages of an owner: name it with --client"
+        raise InputMissing(f"{of}: no attempt of {named}{whose} has been started{hint}")
+    if len(clients := sorted({label(each, CLIENT) for each in fitting})) > 1:
+        raise UsageInvalid(f"{of}: stages of {', '.join(clients)} fit; name one with --client")
+    return max(fitting, key=lambda each: (each["metadata"].get("creationTimestamp", ""), _number(each)))
+
+
+def gone_words(attempt: Object) -> str:
+    """What is left of an attempt whose pods are gone."""
+    written = attempt["metadata"].get("annotations") or {}
+    name = f"{label(attempt, STAGE)}, attempt {_number(attempt)}: job {attempt['metadata']['name']}"
+    if RECEIPT in written:
+        return f"{name}: its pods are gone, and their logs with them; it succeeded"
+    said = written.get(MESSAGE) or written.get(STOPPED_BECAUSE) or written.get(STOPPED)
+    return f"{name}: it has no pods" + (f"; what is known: {said}" if said else "; feddiff why says what it waits for")
+
+
+# ---- budget ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Books:
+    """A dataset and its entries, read so that nothing changed in between, as far as `steady` says."""
+
+    dataset: Object
+    releases: Sequence[Object] | None  # None: not the reader's to see
+    steady: bool = True
+
+
+def budget_document(books: Books) -> Object:
+    """One dataset's budget as JSON: the operator's numbers, the accountant's own sum, and whether they agree."""
+    metadata, spec = books.dataset["metadata"], books.dataset["spec"]["budget"]
+    said = (books.dataset.get("status") or {}).get("budget") or {}
+    composed, contradiction, entries = _checked(books)
+    return {
+        "dataset": f"{metadata['namespace']}/{metadata['name']}",
+        "uid": metadata["uid"],
+        "unit": spec.get("unit", "image"),
+        "delta": spec["delta"],
+        "limitEpsilon": spec["epsilon"],
+        "spentEpsilon": said.get("spent", ""),
+        "reservedEpsilon": said.get("reserved", ""),
+        "remainingEpsilon": said.get("remaining", ""),
+        "releases": (books.dataset.get("status") or {}).get("numReleases", 0),
+        "composedEpsilon": composed,
+        "contradiction": contradiction,
+        "steady": books.steady,
+        "entries": None if entries is None else [_entry_document(entry) for entry in entries],
+    }
+
+
+def _checked(books: Books) -> tuple[str, str, list[Entry] | None]:
+    """ε of all that counts, composed here from the entries; what contradicts the status; the entries."""
+    try:
+        budget = parse(BudgetSpec, books.dataset["spec"]["budget"], "spec.budget")
+        account = account_of(books.dataset.get("status"))
+        entries = None if books.releases is None else _own_entries(books)
+    except SpecInvalid as error:
+        return "", f"the ledger cannot be understood: {error}", None
+    if entries is None:
+        charges = account.charges if account else ()
+        composed = _up(charges, budget)
+        return composed, _mismatch(books.dataset) or _differs(books, composed), None
+    settled = ledger.settled(account or Account(), entries)
+    composed = _up(_charges(settled, entries), budget)
+    if account is None:
+        return composed, "the status has no account yet" if entries else "", entries
+    words = ledger.inconsistency(settled, entries) or ("" if settled != account else _differs(books, composed))
+    return composed, _mismatch(books.dataset) or words, entries
+
+
+def _own_entries(books: Books) -> list[Entry]:
+    name = books.dataset["metadata"]["name"]
+    own = [each for each in books.releases or () if each["spec"]["dataset"]["name"] == name]
+    return sorted((entry_of(each) for each in own), key=lambda entry: (entry.reserved_at, entry.name))
+
+
+def _charges(account: Account, entries: Iterable[Entry]) -> list[Charge]:
+    """What counts: entries not given back, reservations without an entry, and what the owner accepted as lost."""
+    entries = list(entries)
+    names = {entry.name for entry in entries}
+    pending = [entry.charge for entry in account.pending if entry.name not in names]
+    return [*(entry.charge for entry in entries if entry.phase is not Phase.RETURNED), *pending, account.lost]
+
+
+def _up(charges: Iterable[Charge], budget: BudgetSpec) -> str:
+    composed = Decimal(spent_epsilon(list(charges), budget.delta)).quantize(Decimal("1e-4"), ROUND_CEILING)
+    return f"{composed.normalize():f}"
+
+
+def _differs(books: Books, composed: str) -> str:
+    said = (books.dataset.get("status") or {}).get("budget") or {}
+    if "spent" not in said or "reserved" not in said:
+        return ""
+    total = Decimal(said["spent"]) + Decimal(said["reserved"])
+    return "" if total == Decimal(composed) else f"the status counts ε = {total.normalize():f}, the ledger {composed}"
+
+
+def _entry_document(entry: Entry) -> Object:
+    return {
+        "name": entry.name,
+        "job": {"namespace": entry.job_namespace, "name": entry.job_name, "uid": entry.job_uid},
+        "client": entry.client,
+        "mechanism": entry.mechanism,
+        "unit": entry.unit,
+        "epsilon": str(entry.epsilon),
+        "delta": decimal_text(entry.delta),
+        "muSquared": str(entry.charge.mu_squared),
+        "pureEpsilon": str(entry.charge.pure_epsilon),
+        "reservedAt": entry.reserved_at,
+        "phase": entry.phase.value,
+        "manifestSha256": entry.manifest_sha256,
+    }
+
+
+def print_budgets(documents: Sequence[Object], console: Console) -> None:
+    columns = ("dataset", "ε limit", "ε spent", "ε reserved", "ε remaining", "per", "δ", "releases")
+    names = ("limitEpsilon", "spentEpsilon", "reservedEpsilon", "remainingEpsilon", "unit", "delta")
+    rows = []
+    for each in documents:  # of a ledger that does not add up, nobody may count on what remains
+        shown = {**each, "remainingEpsilon": ""} if each["contradiction"] else each
+        rows.append((each["dataset"], *(shown[name] or "-" for name in names), str(each["releases"])))
+    if rows:
+        print_table(console, columns, rows)
+    else:
+        say(console, "no datasets here")
+    for each in documents:
+        if each["contradiction"]:
+            say(console, f"{each['dataset']}: DOES NOT ADD UP: {each['contradiction']}")
+        if not each["steady"]:
+            say(console, f"{each['dataset']}: it changed while it was read; ask again")
+
+
+def print_entries(document: Object, console: Console) -> None:
+    """The entries of one dataset, and what they compose to."""
+    if document["entries"] is None:
+        say(console, "its entries are for its owner to see (role feddiff-data-owner)")
+    else:
+        columns = ("reserved at", "job", "client", "mechanism", "ε", "δ", "phase", "manifest")
+        rows = [
+            (
+                each["reservedAt"][:19],
+                f"{each['job']['namespace']}/{each['job']['name']}",
+                each["client"],
+                each["mechanism"],
+                each["epsilon"],
+                each["delta"],
+                each["phase"],
+                each["manifestSha256"][:12],
+            )
+            for each in document["entries"]
+        ]
+        print_table(console, columns, rows)
+    terms = f"per {document['unit']}, δ = {document['delta']}, reservations included"
+    say(console, f"composed by the accountant: ε = {document['composedEpsilon'] or '?'} ({terms})")
+
+
+# ---- Printing ----------------------------------------------------------------------------------------------------
+
+
+def print_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal, aligned plain lines elsewhere; nothing where there are no rows."""
+    if not rows:
+        return
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if console.is_terminal:
+        table = Table(*columns)
+        for row in cells:
+            table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        console.print(table)
+        return
+    lines = [list(columns), *cells]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    for line in lines:
+        say(console, "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def say(console: Console, line: str) -> None:
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Without characters that could steer a terminal: other people wrote some of these words."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+# ---- Reading Kubernetes' JSON ------------------------------------------------------------------------------------
+
+
+def label(thing: Object, name: str) -> str:
+    return str((thing["metadata"].get("labels") or {}).get(name, ""))
+
+
+def reference_of(thing: Object) -> JobReference:
+    """The job that a batch Job, by its labels, is an attempt of."""
+    return JobReference(label(thing, JOB_NAMESPACE), label(thing, JOB_NAME), label(thing, JOB_UID))
+
+
+def _number(attempt: Object) -> int:
+    text = label(attempt, ATTEMPT)
+    return int(text) if text.isdecimal() else 0
+
+
+def _key(thing: Object) -> tuple[str, str]:
+    return thing["metadata"]["namespace"], thing["metadata"]["name"]
+
+
+def _age(created: str, now: datetime) -> str:
+    """As kubectl says it: 5s, 3m, 7h, 12d."""
+    if not created:
+        return ""
+    seconds = int((now - datetime.fromisoformat(created.replace("Z", "+00:00")).astimezone(UTC)).total_seconds())
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds >= 2 * size:
+            return f"{seconds // size}{unit}"
+    return f"{max(seconds, 0)}s"

@@ -1,0 +1,233 @@
+"""What Prometheus reads. Counters never carry a job's name; states are computed from the indexes at every scrape, so
+that what was deleted leaves no series behind.
+"""
+
+import platform
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from .watch import resource_of
+
+RECONCILE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+API_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """What a FederatedDiffusionJob is counted by."""
+
+    namespace: str
+    name: str
+    phase: str
+    datasets: frozenset[tuple[str, str]]  # namespace and name of every client's
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ("Complete", "Failed")
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetFacts:
+    """A dataset's budget as its status tells it."""
+
+    namespace: str
+    name: str
+    unit: str
+    delta: str
+    limit: str
+    reserved: str
+    spent: str
+    remaining: str
+    consistent: bool
+    generation: int
+    acknowledged: str
+
+    def may_admit_more_than(self, before: "DatasetFacts") -> bool:
+        """Whether a job that waits for budget might get it now and did not before; a mere reservation is no reason,
+        or every job would look again for every other's."""
+        changed = (self.generation, self.consistent, self.acknowledged)
+        more = _number(self.remaining) > _number(before.remaining)
+        return more or changed != (before.generation, before.consistent, before.acknowledged)
+
+
+def job_facts(body: Mapping[str, Any]) -> JobFacts:
+    """The facts of one FederatedDiffusionJob, whatever its spec says; a job without status is Pending."""
+    metadata, phase = body["metadata"], str((body.get("status") or {}).get("phase") or "Pending")
+    datasets = [client.get("dataset") or {} for client in (body.get("spec") or {}).get("clients") or []]
+    named = frozenset((dataset.get("namespace", "default"), dataset.get("name", "")) for dataset in datasets)
+    return JobFacts(metadata.get("namespace", ""), metadata.get("name", ""), phase, named)
+
+
+def dataset_facts(body: Mapping[str, Any]) -> DatasetFacts:
+    """The facts of one PrivateDataset, whatever its status holds so far."""
+    metadata, status = body["metadata"], body.get("status") or {}
+    promised, held = (body.get("spec") or {}).get("budget") or {}, status.get("budget") or {}
+    contradicted = [c for c in status.get("conditions") or [] if c.get("type") == "LedgerConsistent"]
+    return DatasetFacts(
+        namespace=metadata.get("namespace", ""),
+        name=metadata["name"],
+        unit=str(promised.get("unit", "image")),
+        delta=str(promised.get("delta", "")),
+        limit=str(promised.get("epsilon", "")),
+        reserved=str(held.get("reserved", "0")),
+        spent=str(held.get("spent", "0")),
+        remaining=str(held.get("remaining", "")),
+        consistent=not any(c.get("status") == "False" for c in contradicted),
+        generation=int(metadata.get("generation", 0)),
+        acknowledged=str((metadata.get("annotations") or {}).get("feddiff.dev/acknowledge-ledger", "")),
+    )
+
+
+class Metrics:
+    """One operator's metrics, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def named(kind: Callable[..., Any], name: str, text: str, labels: tuple[str, ...] = (), **more: Any) -> Any:
+            return kind(name, text, labels, namespace="feddiff", registry=self.registry, **more)
+
+        self._reconciles: Histogram = named(
+            Histogram,
+            "reconcile_duration_seconds",
+            "Duration of one look at a job or dataset, by how it ended",
+            ("kind", "result"),
+            buckets=RECONCILE_BUCKETS,
+        )
+        self._last_success: Gauge = named(
+            Gauge, "last_successful_reconcile_timestamp_seconds", "When a job or dataset was last looked at", ("kind",)
+        )
+        self._requests: Counter = named(
+            Counter, "api_requests", "Requests to the API server; code none: no answer", ("verb", "resource", "code")
+        )
+        self._request_seconds: Histogram = named(
+            Histogram,
+            "api_request_duration_seconds",
+            "Duration of a request until its answer began; for reads and writes of objects the wait for the rate limit"
+            " is part of it",
+            ("verb", "resource"),
+            buckets=API_BUCKETS,
+        )
+        self._watch_events: Counter = named(Counter, "watch_events", "Events that the watches brought", ("kind",))
+        self._last_event: Gauge = named(
+            Gauge, "watch_last_event_timestamp_seconds", "When a watch last brought an event", ("kind",)
+        )
+        self._leader: Gauge = named(Gauge, "leader", "1 while this replica leads")
+        self._refusals: Counter = named(Counter, "privacy_refusals", "Releases that were not admitted", ("reason",))
+        build: Gauge = named(Gauge, "build_info", "1; what runs is in the labels", ("version", "python", "kopf"))
+        build.labels(version("feddiff"), platform.python_version(), version("kopf")).set(1)
+
+    # -- what the operator tells as it happens
+
+    def reconciled(self, kind: str, result: str, seconds: float, wall_clock: float) -> None:
+        """One look at an object of `kind` ended: success, conflict, unavailable, timeout or error."""
+        self._reconciles.labels(kind, result).observe(seconds)
+        if result == "success":
+            self._last_success.labels(kind).set(wall_clock)
+
+    def api_request(self, verb: str, path: str, code: str, seconds: float) -> None:
+        """One request to the API server was answered, or (code none) was not."""
+        resource = resource_of(path)
+        self._requests.labels(verb, resource, code).inc()
+        self._request_seconds.labels(verb, resource).observe(seconds)
+
+    def watch_event(self, kind: str, wall_clock: float) -> None:
+        """A watch brought an event about an object of `kind`."""
+        self._watch_events.labels(kind).inc()
+        self._last_event.labels(kind).set(wall_clock)
+
+    def led(self, leading: bool) -> None:
+        """Whether this replica leads now."""
+        self._leader.set(leading)
+
+    def refused(self, reason: str) -> None:
+        """A release was not admitted; `reason` is one of the documented ones, never a name or a message."""
+        self._refusals.labels(reason).inc()
+
+    # -- what is computed at a scrape
+
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """A number without labels that is asked for at every scrape."""
+        Gauge(name, text, namespace="feddiff", registry=self.registry).set_function(value)
+
+    def states(
+        self,
+        jobs: Callable[[], Iterable[JobFacts]],
+        datasets: Callable[[], Iterable[DatasetFacts]],
+        silent_seconds: Callable[[], Mapping[str, float]],
+    ) -> None:
+        """Series about what is in the indexes now, and about the watches that fill them."""
+        self.registry.register(_States(jobs, datasets, silent_seconds))
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _States(Collector):
+    def __init__(
+        self,
+        jobs: Callable[[], Iterable[JobFacts]],
+        datasets: Callable[[], Iterable[DatasetFacts]],
+        silent_seconds: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self._jobs, self._datasets, self._silent_seconds = jobs, datasets, silent_seconds
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._phases()
+        yield from self._budgets()
+        yield self._silence()
+
+    def _phases(self) -> Metric:
+        family = GaugeMetricFamily("feddiff_jobs", "FederatedDiffusionJobs", labels=("namespace", "phase"))
+        for (namespace, phase), count in sorted(Tally((job.namespace, job.phase) for job in self._jobs()).items()):
+            family.add_metric((namespace, phase), count)
+        return family
+
+    def _budgets(self) -> Iterator[Metric]:
+        datasets = list(self._datasets())
+        for part in ("limit", "reserved", "spent"):
+            family = GaugeMetricFamily(
+                f"feddiff_privacy_epsilon_{part}",
+                f"ε of a dataset's budget: {part}",
+                labels=("namespace", "dataset", "unit", "delta"),
+            )
+            for facts in datasets:
+                labels = (facts.namespace, facts.name, facts.unit, facts.delta)
+                family.add_metric(labels, _number(getattr(facts, part)))
+            yield family
+        mismatch = GaugeMetricFamily(
+            "feddiff_ledger_mismatch", "1 while a ledger contradicts its account", labels=("namespace", "dataset")
+        )
+        for facts in datasets:
+            mismatch.add_metric((facts.namespace, facts.name), 0 if facts.consistent else 1)
+        yield mismatch
+
+    def _silence(self) -> Metric:
+        family = GaugeMetricFamily(
+            "feddiff_watch_silent_seconds",
+            "Seconds since the quietest watch of a resource brought anything, a bookmark included",
+            labels=("resource",),
+        )
+        silent: dict[str, float] = {}
+        for path, seconds in self._silent_seconds().items():
+            silent[resource_of(path)] = max(seconds, silent.get(resource_of(path), 0.0))
+        for resource, seconds in sorted(silent.items()):
+            family.add_metric((resource,), seconds)
+        return family
+
+
+def _number(text: str) -> float:
+    """NaN for what is no number: a scrape must not fail because of one odd object."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")

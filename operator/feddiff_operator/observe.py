@@ -1,0 +1,633 @@
+"""What batch Jobs and pods, plain JSON from the API server, say about a job's stages.
+
+The child Jobs are the record of what happened: one per attempt, kept until the job has ended. Pods vanish, so what
+they said is written onto their Job as annotations (`record_of`), and `stages_observed` reads both.
+
+An attempt ends in one of four ways. A valid receipt: Succeeded, whatever else happened. Taken away by the platform,
+stopped by us, or left with exit code 75: Stopped, and not held against it. Stopped because of a deadline, or any
+other exit code, or no word at all: Failed.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pydantic import ValidationError
+
+from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset
+from feddiff_protocol.errors import FINAL_EXIT_CODES, SpecInvalid
+from feddiff_protocol.ledger import access_refusal
+from feddiff_protocol.plan import ClientObserved, Hold, Reason, StageKey, StageObserved, StagePhase
+from feddiff_protocol.promise import check_datasets
+from feddiff_protocol.stages import RECEIPT_BYTES, Receipt, Stage
+
+from . import workloads
+from .workloads import (
+    ATTEMPT,
+    CLIENT,
+    COMPLETION_INDEX,
+    CONTAINER,
+    JOB_UID,
+    QUEUE_NAME,
+    STAGE,
+    Setting,
+    child_name,
+    child_namespace,
+)
+
+Object = Mapping[str, Any]
+
+STOPPED = "feddiff.dev/stopped"  # why we suspended it: a Reason; a deadline's makes it a failure
+STOPPED_BECAUSE = "feddiff.dev/stopped-because"  # the same in words
+RECEIPT = "feddiff.dev/receipt"
+EXIT_CODE = "feddiff.dev/exit-code"  # a number, or one of the two words below; goes with MESSAGE
+MESSAGE = "feddiff.dev/message"
+LOST, UNKNOWN = "lost", "unknown"  # taken away by the platform; ended without an exit code
+
+DEADLINES = (Reason.STAGE_DEADLINE_EXCEEDED, Reason.START_DEADLINE_EXCEEDED)
+INTERRUPTED = 75
+LONGEST_RETRY_SECONDS = 300.0
+ZOMBIE_SECONDS = 60.0  # beyond its grace period a pod that does not end is on a node that does not answer
+PREPARATION_SECONDS = 60.0  # until a pod that is not there, or not running, is worth a word
+CONTRADICTION = "contradicts itself"  # how every ledger begins to say that it needs its owner
+WORDS_LENGTH = 300
+SHOWN_CLIENTS = 5
+# What the next stage needs to trust the bytes.
+OUTPUTS = {Stage.RELEASE: "manifest", Stage.TRAIN_SHARED: "denoiser"}
+MEANING = {
+    0: "done",
+    1: "a bug of ours, or stopped from outside",
+    64: "the command line does not fit",
+    65: "spec or data invalid",
+    66: "an input is missing",
+    69: "a store does not answer",
+    73: "output cannot be written",
+    74: "an input or output error",
+    INTERRUPTED: "interrupted",
+    77: "privacy refusal, nothing was sent",
+    78: "configuration invalid",
+    137: "killed",
+    143: "terminated",
+}
+
+
+def children_of(job: FederatedDiffusionJob, uid: str, jobs: Iterable[Object]) -> list[Object]:
+    """The batch Jobs that are the attempts of `job`: labels can be forged in any namespace, so name and namespace
+    must be those that follow from what the labels say."""
+    clients = {"", *(client.name for client in job.spec.clients)}
+    return [each for each in jobs if _is_attempt(each, job, uid, clients)]
+
+
+def _is_attempt(child: Object, job: FederatedDiffusionJob, uid: str, clients: set[str]) -> bool:
+    labels = _labels(child)
+    stage, client, attempt = labels.get(STAGE, ""), labels.get(CLIENT, ""), labels.get(ATTEMPT, "")
+    if stage not in set(Stage) or client not in clients or not re.fullmatch("[1-9][0-9]{0,8}", attempt):
+        return False
+    whole_job = stage in (Stage.TRAIN_SHARED, Stage.REPORT)
+    if labels.get(JOB_UID) != uid or whole_job != (client == ""):
+        return False
+    place = child["metadata"].get("namespace"), _name(child)
+    return place == (child_namespace(job, client), child_name(uid, Stage(stage), client, int(attempt)))
+
+
+def stages_observed(jobs: Iterable[Object], pods: Iterable[Object], now: datetime) -> dict[StageKey, StageObserved]:
+    """For every stage of one feddiff job: its newest attempt, or the older one that still runs or has succeeded."""
+    return {key: _stage(attempts) for key, attempts in _by_stage(_attempts(jobs, pods, now)).items()}
+
+
+def _stage(attempts: Sequence["_Attempt"]) -> StageObserved:
+    newest, failures = attempts[-1], sum(each.seen.phase is StagePhase.FAILED for each in attempts)
+    for attempt in attempts:
+        if attempt.seen.phase is StagePhase.SUCCEEDED:
+            return _counted(attempt.seen, attempt.number, failures)
+    if any(each.seen.phase is StagePhase.RUNNING for each in attempts):
+        return StageObserved(StagePhase.RUNNING, newest.number, failures)
+    return _counted(newest.seen, newest.number, failures)
+
+
+def _counted(seen: StageObserved, attempt: int, failures: int) -> StageObserved:
+    return StageObserved(seen.phase, attempt, failures, seen.exit_code, seen.message, seen.receipt, seen.reason)
+
+
+def record_of(job: Object, pods: Iterable[Object]) -> dict[str, str] | None:
+    """Annotations to write onto the batch Job `job`, because its pods now say so; None when there is nothing new.
+
+    A Job that its queue suspended says nothing: its pods were taken away and come again.
+    """
+    written = _annotations(job)
+    if RECEIPT in written:
+        return None
+    record = _said(job, _pods_of(job, pods))
+    return record if any(written.get(key) != value for key, value in record.items()) else None
+
+
+def retry_at(jobs: Iterable[Object], pods: Iterable[Object], now: datetime) -> dict[StageKey, datetime]:
+    """From when the next attempt of a stage may start: min(2ⁿ, 300) s after the last one ended, n of them ended by
+    themselves. What we stopped may go on at once."""
+    moments = {}
+    for key, attempts in _by_stage(_attempts(jobs, pods, now)).items():
+        by_themselves = [each for each in attempts if each.ended_by_itself]
+        if by_themselves and by_themselves[-1] is attempts[-1]:
+            wait = min(2.0 ** min(len(by_themselves), 30), LONGEST_RETRY_SECONDS)
+            moments[key] = by_themselves[-1].ended_at + timedelta(seconds=wait)
+    return moments
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When an attempt that waits or runs is stopped, and the annotations that then say why."""
+
+    namespace: str
+    name: str
+    key: StageKey
+    at: datetime
+    reason: Reason
+    message: str
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        return {STOPPED: self.reason.value, STOPPED_BECAUSE: self.message}
+
+
+def deadlines(job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable[Object]) -> list[Deadline]:
+    """One for every attempt under way that has a limit. Time in a queue, while suspended, does not count; what has
+    said how it ended only waits for its controller."""
+    found, by_job = [], pods_by_job(pods)
+    for each in jobs:
+        annotations, own = _annotations(each), _pods_of(each, by_job.get(_name(each), []))
+        over = _finished(each) or STOPPED in annotations or RECEIPT in annotations or bool(_said(each, own))
+        if not over and not _suspended(each) and (deadline := _deadline(job, each, own)) is not None:
+            found.append(deadline)
+    return found
+
+
+def overdue(
+    job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable[Object], now: datetime
+) -> list[Deadline]:
+    """The attempts to stop now: suspend each Job and give it the deadline's annotations."""
+    return [deadline for deadline in deadlines(job, jobs, pods) if deadline.at <= now]
+
+
+def waiting(jobs: Iterable[Object], pods: Iterable[Object], now: datetime | None = None) -> list[str]:
+    """What keeps attempts from running, in the words of queue, scheduler and kubelet; equal words said once.
+
+    That a pod is being prepared is said only when it takes long: a status is not written for what passes by itself.
+    """
+    said: dict[tuple[str, str], list[str]] = {}
+    by_job = pods_by_job(pods)
+    for job in sorted(jobs, key=_name):
+        if _finished(job) or STOPPED in _annotations(job):
+            continue
+        if words := _hindrance(job, _pods_of(job, by_job.get(_name(job), [])), now):
+            stage, client = _key(job)
+            said.setdefault((stage.value, words), []).append(client)
+    return [f"{_whose(stage, clients)}: {words}" for (stage, words), clients in said.items()]
+
+
+# ---- Attempts ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One batch Job with its pods, understood."""
+
+    key: StageKey
+    number: int
+    seen: StageObserved
+    ended_at: datetime
+    ended_by_itself: bool  # it failed, or the platform took it
+
+
+def _attempts(jobs: Iterable[Object], pods: Iterable[Object], now: datetime) -> list[_Attempt]:
+    by_job = pods_by_job(pods)
+    return [_attempt(job, _pods_of(job, by_job.get(_name(job), [])), now) for job in jobs]
+
+
+def _by_stage(attempts: Iterable[_Attempt]) -> dict[StageKey, list[_Attempt]]:
+    stages: dict[StageKey, list[_Attempt]] = {}
+    for attempt in sorted(attempts, key=lambda each: each.number):
+        stages.setdefault(attempt.key, []).append(attempt)
+    return stages
+
+
+def _attempt(job: Object, pods: Sequence[Object], now: datetime) -> _Attempt:
+    number, annotations = int(_labels(job)[ATTEMPT]), _annotations(job)
+    seen = _seen(job, pods, number, now)
+    stopped_by_us = STOPPED in annotations and annotations[STOPPED] not in DEADLINES
+    ended = seen.phase in (StagePhase.FAILED, StagePhase.STOPPED)
+    return _Attempt(_key(job), number, seen, _ended_at(job), ended and not stopped_by_us)
+
+
+def _seen(job: Object, pods: Sequence[Object], number: int, now: datetime) -> StageObserved:
+    record = {**_annotations(job), **_said(job, pods)}
+    if RECEIPT in record:
+        receipt, fault = _receipt(job, record[RECEIPT])
+        if receipt is not None:
+            return StageObserved(StagePhase.SUCCEEDED, number, receipt=receipt)
+        record = {EXIT_CODE: "0", MESSAGE: fault}
+    if not _over(job, pods, now):
+        return StageObserved(StagePhase.RUNNING, number)
+    return _ended(job, number, record)
+
+
+def _over(job: Object, pods: Sequence[Object], now: datetime) -> bool:
+    """Whether nothing of the attempt runs any more, or will."""
+    live = [pod for pod in pods if not _terminated(pod) and not _zombie(pod, now)]
+    if live:
+        return False
+    if _finished(job):
+        return True
+    zombies = any(_zombie(pod, now) for pod in pods)
+    status = job.get("status", {})
+    if STOPPED in _annotations(job):
+        gone = not status.get("active") and not status.get("terminating")
+        return _condition(job, "Suspended") is not None and (gone or zombies)
+    # The Job controller waits for a pod on a lost node for as long as the node is known.
+    return zombies and _condition(job, "FailureTarget") is not None
+
+
+def _ended(job: Object, number: int, record: Mapping[str, str]) -> StageObserved:
+    """An attempt without a receipt, of which nothing runs any more."""
+    stopped, code, message = record.get(STOPPED), record.get(EXIT_CODE, ""), record.get(MESSAGE, "")
+    exit_code = int(code) if re.fullmatch("[0-9]{1,3}", code) else None
+    if exit_code in FINAL_EXIT_CODES:
+        return StageObserved(StagePhase.FAILED, number, exit_code=exit_code, message=message)
+    if stopped in DEADLINES:
+        words = record.get(STOPPED_BECAUSE, stopped)
+        return StageObserved(StagePhase.FAILED, number, message=words, reason=Reason(stopped))
+    if stopped is not None:
+        return StageObserved(StagePhase.STOPPED, number, exit_code=exit_code, message=f"stopped: {stopped}")
+    if code == LOST or exit_code == INTERRUPTED:
+        return StageObserved(StagePhase.STOPPED, number, exit_code=exit_code, message=message)
+    message = message or "its pod is gone and left neither receipt nor exit code"
+    return StageObserved(StagePhase.FAILED, number, exit_code=exit_code, message=message)
+
+
+def _ended_at(job: Object) -> datetime:
+    """When the Job controller said so; before it did, the Job's creation, which only lets a retry come sooner."""
+    moments = [
+        _time(condition["lastTransitionTime"])
+        for kind in ("Complete", "Failed", "FailureTarget", "Suspended")
+        if (condition := _condition(job, kind)) is not None and condition.get("lastTransitionTime")
+    ]
+    return max(moments, default=_time(job["metadata"].get("creationTimestamp", "1970-01-01T00:00:00Z")))
+
+
+# ---- What pods say -----------------------------------------------------------------------------------------------
+
+
+def _said(job: Object, pods: Sequence[Object]) -> dict[str, str]:
+    """What the attempt's pods say about its end, as annotations; nothing while they say nothing, or nothing that
+    counts: pods of a Job that its queue suspended were taken away and come again."""
+    speakers = [pod for pod in pods if _phase(pod) == "Succeeded" and _is_first(pod)]
+    if speakers:
+        return _receipt_record(job, speakers[0])
+    if _suspended(job) and STOPPED not in _annotations(job):
+        return {}
+    if lost := next((words for pod in pods if (words := _taken(pod))), ""):
+        return {EXIT_CODE: LOST, MESSAGE: lost}
+    deleted = min((pod for pod in pods if _deleted_first(pod)), key=_deletion, default=None)
+    failed = [pod for pod in pods if _phase(pod) == "Failed" and _speaks_for_itself(pod, deleted)]
+    if failed:
+        return _exit_record(job, _telling(failed))
+    if deleted is not None and _terminated(deleted):
+        return {EXIT_CODE: LOST, MESSAGE: f"pod {_name(deleted)} was deleted while it ran"}
+    return {}
+
+
+def _speaks_for_itself(pod: Object, deleted: Object | None) -> bool:
+    """Whether the pod's end is its own: not a deletion's, nor the consequence of another rank's deletion."""
+    if _exit_code(pod) in FINAL_EXIT_CODES or deleted is None:
+        return True
+    finished = _ending(pod).get("finishedAt")
+    return not _deleted_first(pod) and (not finished or _time(finished) <= _deletion(deleted))
+
+
+def _receipt_record(job: Object, pod: Object) -> dict[str, str]:
+    receipt, fault = _receipt(job, _ending(pod).get("message", ""))
+    if receipt is not None:
+        return {RECEIPT: receipt.to_line()}
+    return {EXIT_CODE: "0", MESSAGE: f"{fault}; {_log_command(job)}"}
+
+
+def _receipt(job: Object, text: str) -> tuple[Receipt | None, str]:
+    """The receipt, if it is this attempt's; otherwise what is wrong. Nothing of a bad one is repeated."""
+    if not text.strip():
+        return None, "receipt missing"
+    try:
+        if len(text.encode()) > RECEIPT_BYTES:
+            raise ValueError
+        receipt = Receipt.model_validate(json.loads(text))
+    except (ValidationError, ValueError, RecursionError):
+        return None, "receipt malformed"
+    if (needed := OUTPUTS.get(receipt.stage)) and needed not in receipt.outputs:
+        return None, "receipt malformed"
+    labels = _labels(job)
+    own = (labels.get(STAGE), labels.get(JOB_UID), labels.get(CLIENT, ""), labels.get(ATTEMPT))
+    if (receipt.stage.value, receipt.job_uid, receipt.client, str(receipt.attempt)) != own:
+        return None, "receipt of another stage"
+    return receipt, ""
+
+
+def _exit_record(job: Object, pod: Object) -> dict[str, str]:
+    """Exit code and its meaning, never a word of the pod's own: an owner's output stays with the owner."""
+    status, code = pod.get("status", {}), _exit_code(pod)
+    platform = _cut(f"{status.get('reason', '')}: {status.get('message', '')}")
+    if code is None:
+        return {EXIT_CODE: UNKNOWN, MESSAGE: platform or f"it left no exit code; {_log_command(job)}"}
+    meaning = "OOMKilled, out of memory: raise its limit" if _out_of_memory(pod) else MEANING.get(code)
+    words = [meaning or "no code of ours", *([platform] if platform else []), _log_command(job)]
+    return {EXIT_CODE: str(code), MESSAGE: "; ".join(words)}
+
+
+def _telling(pods: Sequence[Object]) -> Object:
+    """Of several ranks the one that explains: a final code first, 75 last, the earliest of equals."""
+
+    def order(pod: Object) -> tuple[int, str]:
+        code = _exit_code(pod)
+        rank = 0 if code in FINAL_EXIT_CODES else 3 if code == INTERRUPTED else 2 if code in (137, 143) else 1
+        return min(rank, 1) if _out_of_memory(pod) else rank, _ending(pod).get("finishedAt") or ""
+
+    return min(pods, key=order)
+
+
+def _out_of_memory(pod: Object) -> bool:
+    return bool(_ending(pod).get("reason") == "OOMKilled")
+
+
+def _taken(pod: Object) -> str:
+    """How the platform took the pod away, or nothing. A pod over its own storage limit is evicted, too, but that is
+    its own doing and the same would happen again."""
+    status = pod.get("status", {})
+    reason, message = status.get("reason", ""), status.get("message", "")
+    disrupted = _condition(pod, "DisruptionTarget")
+    if disrupted is not None:
+        words = f"{disrupted.get('reason', '')}: {disrupted.get('message', '')}"
+        return f"pod {_name(pod)} was taken away: {_cut(words)}"
+    own_limit = reason == "Evicted" and "limit" in message
+    if reason in ("Evicted", "Preempting", "NodeLost", "Shutdown", "NodeShutdown", "Terminated") and not own_limit:
+        return f"pod {_name(pod)} was taken away: {_cut(f'{reason}: {message}')}"
+    return ""
+
+
+def _deleted_first(pod: Object) -> bool:
+    """Whether the pod was deleted before it ended: then its end says nothing about the stage."""
+    if not pod["metadata"].get("deletionTimestamp"):
+        return False
+    finished = _ending(pod).get("finishedAt")
+    return not finished or _time(finished) >= _deletion(pod)
+
+
+def _deletion(pod: Object) -> datetime:
+    """When somebody asked for the deletion; the API server notes when the grace period after it is over."""
+    metadata = pod["metadata"]
+    grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
+    return _time(metadata["deletionTimestamp"]) - grace
+
+
+def _zombie(pod: Object, now: datetime) -> bool:
+    deleted = pod["metadata"].get("deletionTimestamp")
+    return bool(deleted) and not _terminated(pod) and now > _time(deleted) + timedelta(seconds=ZOMBIE_SECONDS)
+
+
+def _terminated(pod: Object) -> bool:
+    return _phase(pod) in ("Succeeded", "Failed")
+
+
+def _phase(pod: Object) -> str:
+    return str(pod.get("status", {}).get("phase", "Pending"))
+
+
+def _exit_code(pod: Object) -> int | None:
+    code = _ending(pod).get("exitCode")
+    return int(code) if code is not None else None
+
+
+def _ending(pod: Object) -> Object:
+    return _container_state(pod).get("terminated") or {}
+
+
+def _container_state(pod: Object) -> Mapping[str, Object]:
+    states = [
+        status.get("state") or {}
+        for status in pod.get("status", {}).get("containerStatuses") or []
+        if status.get("name") == CONTAINER
+    ]
+    return states[0] if states else {}
+
+
+def _is_first(pod: Object) -> bool:
+    metadata = pod["metadata"]
+    index = (metadata.get("annotations") or {}).get(COMPLETION_INDEX) or _labels(pod).get(COMPLETION_INDEX)
+    return index in (None, "0")
+
+
+def _log_command(job: Object) -> str:
+    metadata = job["metadata"]
+    return f"its log: kubectl logs -n {metadata.get('namespace', 'default')} job/{metadata['name']}"
+
+
+# ---- Deadlines ---------------------------------------------------------------------------------------------------
+
+
+def _deadline(job: FederatedDiffusionJob, child: Object, pods: Sequence[Object]) -> Deadline | None:
+    """The deadline that the attempt is under now: to start, or to end."""
+    stage, _ = key = _key(child)
+    limits = job.spec.deadlines.of(stage.value)
+    since, seconds = _running_since(child, pods), limits.stage_seconds
+    reason, words = Reason.STAGE_DEADLINE_EXCEEDED, f"ran longer than deadlines.stageSeconds = {seconds}"
+    if since is None:
+        started = child.get("status", {}).get("startTime")
+        since, seconds = _time(started) if started else None, limits.start_seconds
+        at = since + timedelta(seconds=seconds) if since and seconds else None
+        hindrance = _hindrance(child, pods, at) or "its pods did not all run"
+        reason = Reason.START_DEADLINE_EXCEEDED
+        words = f"waited longer than deadlines.startSeconds = {seconds}: {hindrance}"
+    if seconds is None or since is None:
+        return None
+    metadata = child["metadata"]
+    at = since + timedelta(seconds=seconds)
+    return Deadline(metadata.get("namespace", "default"), metadata["name"], key, at, reason, words)
+
+
+def _running_since(job: Object, pods: Sequence[Object]) -> datetime | None:
+    """When the last of the attempt's pods began to run; None while one of them still waits."""
+    started = [moment for pod in pods if (moment := _started_at(pod)) is not None]
+    return max(started) if len(started) >= job["spec"].get("parallelism", 1) else None
+
+
+def _started_at(pod: Object) -> datetime | None:
+    state = _container_state(pod)
+    moment = (state.get("running") or state.get("terminated") or {}).get("startedAt")
+    return _time(moment) if moment else None
+
+
+# ---- Waiting -----------------------------------------------------------------------------------------------------
+
+
+def _hindrance(job: Object, pods: Sequence[Object], now: datetime | None) -> str:
+    """Why the attempt does not run, or nothing when all of its pods do, or did not have the time yet."""
+    if _suspended(job):
+        queue = _labels(job).get(QUEUE_NAME)
+        return f"queue {queue} has not admitted it" if queue else "something other than feddiff suspended its Job"
+    if not pods:
+        metadata = job["metadata"]
+        if not _takes_long(job, now):
+            return ""
+        return f"no pod yet: kubectl describe job -n {metadata.get('namespace', 'default')} {metadata['name']} says why"
+    return next((words for pod in pods if (words := _pod_hindrance(pod, now))), "")
+
+
+def _takes_long(thing: Object, now: datetime | None) -> bool:
+    created = thing["metadata"].get("creationTimestamp")
+    return now is not None and bool(created) and now > _time(created) + timedelta(seconds=PREPARATION_SECONDS)
+
+
+def _pod_hindrance(pod: Object, now: datetime | None) -> str:
+    if _phase(pod) != "Pending":
+        return ""
+    scheduled = _condition(pod, "PodScheduled", status="False")
+    if scheduled is not None:
+        return _cut(f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}")
+    held = _container_state(pod).get("waiting") or {}
+    reason, message = held.get("reason", ""), held.get("message", "")
+    if message:
+        return _cut(f"{reason}: {message}")
+    return f"its pod is still being prepared ({reason or 'no word'})" if _takes_long(pod, now) else ""
+
+
+def _whose(stage: str, clients: Sequence[str]) -> str:
+    named = [client for client in clients if client]
+    if not named:
+        return stage
+    more = len(named) - SHOWN_CLIENTS
+    shown = ", ".join(named[:SHOWN_CLIENTS])
+    return f"{stage} of {shown} and {more} more" if more > 0 else f"{stage} of {shown}"
+
+
+# ---- Clients -----------------------------------------------------------------------------------------------------
+
+
+def client_observed(
+    job: FederatedDiffusionJob, client: str, dataset: PrivateDataset | None, hold: Hold, refusal: str, setting: Setting
+) -> ClientObserved:
+    """What the plan is told about one client: its hold, and why it cannot take part, if so.
+
+    `refusal` is what its ledger would answer to a reservation now. All that can be refused is refused before the
+    budget is charged: access, image, stores, source, overlay.
+    """
+    if dataset is None:
+        (reference,) = [each.dataset for each in job.spec.clients if each.name == client]
+        words = refusal or f"there is no dataset {reference.namespace}/{reference.name}; its owner has to create it"
+        return ClientObserved(hold, words, Reason.DATASET_MISSING)
+    if denied := access_refusal(dataset, job.metadata.namespace, job.spec.privacy.epsilon):
+        return ClientObserved(hold, denied.message, Reason.ACCESS_DENIED)
+    if words := _image_refusal(dataset, setting):
+        return ClientObserved(hold, words, Reason.IMAGE_NOT_ALLOWED)
+    try:
+        workloads.places(job, "", {client: dataset})
+        workloads.check_overlay(dataset.spec.pod_template, f"{client}: spec.podTemplate")
+    except workloads.InvalidPodTemplate as error:
+        return ClientObserved(hold, str(error), Reason.INVALID_POD_TEMPLATE)
+    except SpecInvalid as error:
+        return ClientObserved(hold, str(error), Reason.INVALID_SPEC)
+    mismatch = CONTRADICTION in refusal
+    return ClientObserved(hold, refusal, Reason.LEDGER_MISMATCH if mismatch else Reason.PRIVACY_BUDGET_EXCEEDED)
+
+
+def _image_refusal(dataset: PrivateDataset, setting: Setting) -> str:
+    allowed = dataset.spec.images
+    if allowed and setting.trainer_image not in allowed:
+        name = f"{dataset.metadata.namespace}/{dataset.metadata.name}"
+        return f"dataset {name} allows the images {', '.join(allowed)}, the installation runs {setting.trainer_image}"
+    return ""
+
+
+def misfit(job: FederatedDiffusionJob, datasets: Mapping[str, PrivateDataset]) -> str:
+    """Why these clients' datasets cannot be trained on together, or nothing."""
+    try:
+        check_datasets(job, datasets)
+    except SpecInvalid as error:
+        return str(error)
+    return ""
+
+
+def with_recorded_release(
+    stages: Mapping[StageKey, StageObserved], uid: str, client: str, manifest_sha256: str
+) -> dict[StageKey, StageObserved]:
+    """`stages`, the client's release done as its ledger recorded it, even if somebody deleted the Job that says so."""
+    key = (Stage.RELEASE, client)
+    seen = stages.get(key)
+    if not manifest_sha256 or (seen is not None and seen.phase is StagePhase.SUCCEEDED):
+        return dict(stages)
+    attempt = seen.attempt if seen else 1
+    outputs = {"manifest": manifest_sha256}
+    receipt = Receipt(stage=Stage.RELEASE, job_uid=uid, client=client, attempt=attempt, outputs=outputs, milliseconds=0)
+    return {**stages, key: StageObserved(StagePhase.SUCCEEDED, attempt, receipt=receipt)}
+
+
+# ---- Reading Kubernetes' JSON ------------------------------------------------------------------------------------
+
+
+def _key(job: Object) -> StageKey:
+    return Stage(_labels(job)[STAGE]), _labels(job).get(CLIENT, "")
+
+
+def pods_by_job(pods: Iterable[Object]) -> dict[str, list[Object]]:
+    """The pods under the names of their Jobs: a thousand Jobs do not each look through all pods."""
+    result: dict[str, list[Object]] = {}
+    for pod in pods:
+        result.setdefault(_job_name(pod), []).append(pod)
+    return result
+
+
+def _pods_of(job: Object, pods: Iterable[Object]) -> list[Object]:
+    """Not those of an earlier Job of the same name that somebody deleted."""
+    return [
+        pod
+        for pod in pods
+        if _job_name(pod) == _name(job)
+        and _labels(pod).get("batch.kubernetes.io/controller-uid") in (None, job["metadata"].get("uid"))
+    ]
+
+
+def _job_name(pod: Object) -> str:
+    labels = _labels(pod)
+    return str(labels.get("batch.kubernetes.io/job-name") or labels.get("job-name") or "")
+
+
+def _name(thing: Object) -> str:
+    return str(thing["metadata"]["name"])
+
+
+def _labels(thing: Object) -> Mapping[str, str]:
+    return thing["metadata"].get("labels") or {}
+
+
+def _annotations(thing: Object) -> Mapping[str, str]:
+    return thing["metadata"].get("annotations") or {}
+
+
+def _suspended(job: Object) -> bool:
+    return bool(job["spec"].get("suspend"))
+
+
+def _finished(job: Object) -> bool:
+    return _condition(job, "Complete") is not None or _condition(job, "Failed") is not None
+
+
+def _condition(thing: Object, kind: str, status: str = "True") -> Object | None:
+    conditions: list[Object] = thing.get("status", {}).get("conditions") or []
+    return next((each for each in conditions if each.get("type") == kind and each.get("status") == status), None)
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(UTC)
+
+
+def _cut(words: str) -> str:
+    words = " ".join(words.split()).strip(": ")
+    return words if len(words) <= WORDS_LENGTH else f"{words[: WORDS_LENGTH - 1]}…"

@@ -1,0 +1,563 @@
+"""One job or one dataset, once: observe, plan, carry out.
+
+Level-triggered: every call may be the first after a crash, a repetition, or late. What is observed comes from the
+children's own objects and from the ledgers, what to do next from the protocol's `plan`; and whatever is carried out
+has a name that follows from what it is, so that doing it twice is doing it once.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
+from feddiff_protocol.errors import PrivacyRefusal, SpecInvalid
+from feddiff_protocol.ledger import Entry, Phase
+from feddiff_protocol.ledger_objects import entry_of
+from feddiff_protocol.plan import (
+    ChargeReservation,
+    ClientObserved,
+    GiveBack,
+    Hold,
+    JobPhase,
+    Observed,
+    Plan,
+    Reason,
+    Reserve,
+    StageKey,
+    StageObserved,
+    StagePhase,
+    Start,
+    Status,
+    Stop,
+    not_accepted,
+    plan,
+    releases_that_count,
+)
+from feddiff_protocol.promise import promise_of
+from feddiff_protocol.stages import (
+    AnyStageSpec,
+    BudgetLine,
+    Duration,
+    ReportSpec,
+    Stage,
+    job_reference,
+    owner_stage_spec,
+    release_spec,
+    train_shared_spec,
+)
+
+from .children import Children
+from .cluster import CONFIG_MAP, FDJ, JOB, PDS, SERVICE, AlreadyExists, Cluster, Invalid, Kind, Object, Refused
+from .events import Recorder
+from .ledger import ClientLedger, ClusterLedger
+from .metrics import Metrics
+from .observe import (
+    STOPPED,
+    children_of,
+    client_observed,
+    deadlines,
+    misfit,
+    overdue,
+    pods_by_job,
+    record_of,
+    retry_at,
+    stages_observed,
+    waiting,
+    with_recorded_release,
+)
+from .settings import Settings
+from .status import ended, expires_at, job_status
+from .workloads import CLIENT, JOB_UID, STAGE, InvalidPodTemplate, Setting, check_overlay, places, stage_objects
+
+FINALIZER = "feddiff.dev/stop-pods"
+MANAGER = "feddiff.dev/operator"
+ASK_AGAIN_SECONDS = 30.0  # for what no watch tells of: a quota, a missing permission, a dataset that somebody mends
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (JOB, CONFIG_MAP, SERVICE)}
+
+
+class Reconciler:
+    """Everything that is done to the cluster is done here, or by the ledger on its behalf."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        ledger: ClusterLedger,
+        settings: Settings,
+        recorder: Recorder,
+        metrics: Metrics,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self.cluster, self.ledger, self.recorder, self.metrics = cluster, ledger, recorder, metrics
+        self.setting = Setting(settings.trainer_image)
+        self.clock = clock
+        # What the API server said to our children, by job uid; after a restart it says so again.
+        self.hindrances: dict[str, tuple[str, ...]] = {}  # and may say otherwise later
+        self.refused: dict[str, dict[str, str]] = {}  # for good, by client ("" for the whole job's stages)
+
+    async def dataset(self, namespace: str, name: str) -> float | None:
+        """The dataset's ledger is tended, its status true."""
+        await self.ledger.tend(namespace, name)
+        return None
+
+    async def job(self, namespace: str, name: str, children: Children) -> float | None:
+        """The job is one step further. Seconds until it wants to be looked at again; None: when something happens."""
+        found = await self.cluster.get(FDJ, namespace, name)
+        await self._remove_orphans(children.strangers(namespace, name, found["metadata"]["uid"] if found else ""))
+        if found is None:
+            return None
+        if found["metadata"].get("deletionTimestamp"):
+            return await self._say_farewell(found, children)
+        if found["spec"].get("managedBy") not in (None, MANAGER):
+            return None
+        if ended(found):
+            return await self._clean_up(found, children)
+        found = await self._with_finalizer(found)
+        try:
+            job = parse(FederatedDiffusionJob, found, "job")
+            promise_of(job.spec.privacy, job.spec.diffusion)
+            places(job, "", {})
+            check_overlay(job.spec.shared.pod_template, "spec.shared.podTemplate")
+        except SpecInvalid as error:
+            reason = Reason.INVALID_POD_TEMPLATE if isinstance(error, InvalidPodTemplate) else Reason.INVALID_SPEC
+            await self._publish(found, not_accepted(reason, str(error)), Observed({}))
+            return 0.0
+        return await self._one_step(found, job, children)
+
+    async def _one_step(self, found: Object, job: FederatedDiffusionJob, children: Children) -> float | None:
+        uid = found["metadata"]["uid"]
+        pods = pods_by_job(children.pods_of(uid))
+        own = children_of(job, uid, children.jobs_of(uid))
+        jobs = [await self._recorded(dict(child), pods.get(child["metadata"]["name"], [])) for child in own]
+        scene = _Scene(found, job, uid, jobs, children.pods_of(uid), self.clock())
+        if stopped := await self._stop_what_is_overdue(scene):
+            return stopped
+        ledgers = await self._ledgers(scene, children)
+        observed = await self._observe(scene, ledgers)
+        decision = plan(job, observed)
+        if decision.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED):  # the last look that has a plan
+            await self._carry_out(scene, decision, observed, ledgers)
+            await self._publish(found, decision.status, observed, scene)
+            return 0.0
+        if await self._publish(found, decision.status, observed, scene):
+            return 0.0  # what was decided is written before it is acted on; the next look acts
+        return await self._carry_out(scene, decision, observed, ledgers)
+
+    # -- observe
+
+    async def _recorded(self, child: Object, pods: Sequence[Mapping[str, Any]]) -> Object:
+        """The batch Job with what its pods say written onto it: pods vanish."""
+        record = record_of(child, pods)
+        if record is None:
+            return child
+        metadata = child["metadata"]
+        change = {"metadata": {"annotations": record}}
+        await self.cluster.patch(JOB, metadata["namespace"], metadata["name"], change)
+        return {**child, "metadata": {**metadata, "annotations": {**(metadata.get("annotations") or {}), **record}}}
+
+    async def _ledgers(self, scene: "_Scene", children: Children) -> dict[str, ClientLedger]:
+        """What every client's ledger says. A charge is never undone: one that a watch has shown is not read again."""
+        charged = {entry.client: entry for entry in _charged(children.releases_of(scene.uid))}
+        found: dict[str, ClientLedger] = {}
+        for client in scene.job.spec.clients:
+            if (entry := charged.get(client.name)) is not None:
+                where = (client.dataset.namespace, client.dataset.name)
+                dataset = children.dataset(*where) or await self.cluster.get(PDS, *where)
+                found[client.name] = ClientLedger(_parsed(dataset), Hold.CHARGED, "", entry)
+        others = [client.name for client in scene.job.spec.clients if client.name not in found]
+        looks = await asyncio.gather(*(self.ledger.look(scene.job, scene.uid, name) for name in others))
+        return found | dict(zip(others, looks, strict=True))
+
+    async def _observe(self, scene: "_Scene", ledgers: Mapping[str, ClientLedger]) -> Observed:
+        stages: dict[StageKey, StageObserved] = stages_observed(scene.jobs, scene.pods, scene.now)
+        clients: dict[str, ClientObserved] = {}
+        for name, ledger in ledgers.items():
+            seen = client_observed(scene.job, name, ledger.dataset, ledger.hold, ledger.refusal, self.setting)
+            clients[name] = self._mistaken(scene, name, ledgers) or seen
+            stages = await self._released(scene, name, ledger, stages)
+        if words := self.refused.get(scene.uid, {}).get(""):
+            key = (Stage.TRAIN_SHARED, "") if (Stage.TRAIN_SHARED, "") not in stages else (Stage.REPORT, "")
+            stages[key] = StageObserved(StagePhase.FAILED, 1, 1, 78, words, reason=Reason.INVALID_POD_TEMPLATE)
+        return Observed(
+            clients=clients,
+            stages=stages,
+            counted=scene.counted,
+            release_deadline_passed=scene.release_deadline is not None and scene.release_deadline <= scene.now,
+            waiting=(*waiting(scene.jobs, scene.pods, scene.now), *self.hindrances.get(scene.uid, ())),
+        )
+
+    def _mistaken(self, scene: "_Scene", client: str, ledgers: Mapping[str, ClientLedger]) -> ClientObserved | None:
+        """The client as one that cannot take part: its pods were refused, or its data do not fit the first client's."""
+        if words := self.refused.get(scene.uid, {}).get(client):
+            return ClientObserved(ledgers[client].hold, words, Reason.INVALID_POD_TEMPLATE)
+        first, own = next(iter(ledgers.values())).dataset, ledgers[client].dataset
+        if first is None or own is None:
+            return None
+        if words := misfit(scene.job, {next(iter(ledgers)): first, client: own}):
+            return ClientObserved(ledgers[client].hold, words, Reason.INVALID_SPEC)
+        return None
+
+    async def _released(
+        self, scene: "_Scene", client: str, ledger: ClientLedger, stages: dict[StageKey, StageObserved]
+    ) -> dict[StageKey, StageObserved]:
+        """The stages, a finished release counting only when the ledger has its manifest, and no other one before."""
+        key = (Stage.RELEASE, client)
+        recorded = ledger.entry.manifest_sha256 if ledger.entry is not None else ""
+        seen = stages.get(key)
+        if seen is None or seen.receipt is None:
+            return with_recorded_release(stages, scene.uid, client, recorded)
+        manifest = seen.receipt.outputs["manifest"]
+        if recorded == manifest:
+            return stages
+        try:
+            await self.ledger.record_manifest(scene.job, scene.uid, client, manifest)
+        except PrivacyRefusal as refusal:
+            self.recorder.record(scene.found, "SecondRelease", str(refusal), warning=True)
+            failed = StageObserved(StagePhase.FAILED, seen.attempt, seen.num_failures + 1, 77, str(refusal))
+            return {**stages, key: failed}
+        return stages
+
+    async def _stop_what_is_overdue(self, scene: "_Scene") -> float | None:
+        """Seconds to wait for the end of attempts that had to be stopped; None when all are in time."""
+        late = overdue(scene.job, scene.jobs, scene.pods, scene.now)
+        for each in late:
+            change = {"metadata": {"annotations": each.annotations}, "spec": {"suspend": True}}
+            await self.cluster.patch(JOB, each.namespace, each.name, change)
+            self.recorder.record(scene.found, each.reason.value, f"{each.name} {each.message}", warning=True)
+        return ASK_AGAIN_SECONDS if late else None
+
+    # -- carry out
+
+    async def _publish(self, found: Object, status: Status, observed: Observed, scene: "_Scene | None" = None) -> bool:
+        """Whether the job's status had to be written, because it changed in what it says."""
+        wanted = job_status(
+            found,
+            status,
+            now=self.clock(),
+            stages=observed.stages,
+            jobs=scene.jobs if scene else (),
+            releasing_since=scene.releasing_since if scene else None,
+        )
+        before = found.get("status") or {}
+        if wanted == before:
+            return False
+        await self.cluster.replace_status(FDJ, {**found, "status": wanted})
+        if wanted["phase"] != before.get("phase"):
+            failed = wanted["phase"] == JobPhase.FAILED
+            reason = status.condition("Failed").reason if failed else wanted["phase"]
+            self.recorder.record(found, reason, status.message or wanted["phase"], warning=failed)
+            if failed and reason in (Reason.PRIVACY_BUDGET_EXCEEDED, Reason.ACCESS_DENIED):
+                self.metrics.refused(reason)
+        return True
+
+    async def _carry_out(
+        self, scene: "_Scene", decision: Plan, observed: Observed, ledgers: Mapping[str, ClientLedger]
+    ) -> float | None:
+        """Every action is under way. Seconds until the job wants to be looked at again."""
+        known, refused = self.hindrances.pop(scene.uid, ()), dict(self.refused.get(scene.uid, {}))
+        charges = [action.client for action in decision.actions if isinstance(action, ChargeReservation)]
+        rehearsals = [await self._rehearsed(scene, client, ledgers[client].dataset) for client in charges]
+        asked: list[Reserve | ChargeReservation | GiveBack]
+        asked = [action for action in decision.actions if isinstance(action, Reserve | GiveBack)]
+        asked += [ChargeReservation(client) for client in charges if all(rehearsals)]
+        answers = await asyncio.gather(*(self._ask(scene, action) for action in asked))
+        for action in decision.actions:
+            if isinstance(action, Stop):
+                await self._stop(scene, action)
+        if asked or charges:
+            news = self.hindrances.get(scene.uid, ()) != known or self.refused.get(scene.uid, {}) != refused
+            return 0.0 if news or (asked and all(answers)) else ASK_AGAIN_SECONDS
+        starts = [action for action in decision.actions if isinstance(action, Start)]
+        later = retry_at(scene.jobs, scene.pods, scene.now)
+        due = [start for start in starts if later.get((start.stage, start.client), scene.now) <= scene.now]
+        for start in due:
+            await self._start(scene, start, observed, ledgers)
+        if self.hindrances.get(scene.uid, ()) != known or self.refused.get(scene.uid, {}) != refused:
+            return 0.0  # so that the status says so
+        return self._next_look(scene, decision, [later[each.stage, each.client] for each in starts if each not in due])
+
+    def _next_look(self, scene: "_Scene", decision: Plan, retries: Iterable[datetime]) -> float | None:
+        limits = (each.at for each in deadlines(scene.job, scene.jobs, scene.pods))
+        moments = [*retries, *limits, *([scene.release_deadline] if scene.release_deadline else [])]
+        seconds = [max(0.0, (moment - scene.now).total_seconds()) for moment in moments if moment > scene.now]
+        if self.hindrances.get(scene.uid) or decision.status.phase is JobPhase.PENDING:
+            seconds.append(ASK_AGAIN_SECONDS)
+        return min(seconds, default=None)
+
+    async def _ask(self, scene: "_Scene", action: Reserve | ChargeReservation | GiveBack) -> bool:
+        """Whether the client's ledger did it; a refusal is for the next look to see, and to say."""
+        ask = {Reserve: self.ledger.reserve, ChargeReservation: self.ledger.charge, GiveBack: self.ledger.give_back}
+        try:
+            await ask[type(action)](scene.job, scene.uid, action.client)
+        except PrivacyRefusal as refusal:
+            self.recorder.record(scene.found, "LedgerRefused", str(refusal), warning=True)
+            return False
+        return True
+
+    async def _stop(self, scene: "_Scene", action: Stop) -> None:
+        """Every attempt of the stage is suspended: the Job controller sends SIGTERM, and the Job stays as a record."""
+        if scene.job.spec.clean_pod_policy == "None" and not scene.job.spec.suspend and scene.counted:
+            return
+        for child in scene.running(action.stage, action.client):
+            metadata = child["metadata"]
+            reason = "Suspended" if scene.job.spec.suspend else "NotNeeded"
+            change = {"metadata": {"annotations": {STOPPED: reason}}, "spec": {"suspend": True}}
+            await self.cluster.patch(JOB, metadata["namespace"], metadata["name"], change)
+
+    async def _start(
+        self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]
+    ) -> None:
+        """The attempt's objects exist, or the job says what hinders them."""
+        dataset = ledgers[start.client].dataset if start.client else None
+        with self._refusals_noted(scene, start.stage, start.client):
+            for obj in stage_objects(
+                self.setting, scene.job, scene.uid, dataset, self._spec(scene, start, observed, ledgers)
+            ):
+                with suppress(AlreadyExists):  # by us before a crash, or by another replica
+                    await self.cluster.create(KINDS[obj["kind"]], obj)
+
+    async def _rehearsed(self, scene: "_Scene", client: str, dataset: PrivateDataset | None) -> bool:
+        """Whether the API server would take the client's release as it stands: a charge never comes back."""
+        if dataset is None:
+            return False
+        spec = release_spec(scene.job, scene.uid, client, dataset, places(scene.job, scene.uid, {client: dataset}), 1)
+        with self._refusals_noted(scene, Stage.RELEASE, client):
+            for obj in stage_objects(self.setting, scene.job, scene.uid, dataset, spec):
+                with suppress(AlreadyExists):
+                    await self.cluster.create(KINDS[obj["kind"]], obj, rehearsal=True)
+            return True
+        return False
+
+    @contextmanager
+    def _refusals_noted(self, scene: "_Scene", stage: Stage, client: str) -> Iterator[None]:
+        """What the API server does not take is for the next look to see."""
+        try:
+            yield
+        except (Invalid, SpecInvalid) as error:
+            self.refused.setdefault(scene.uid, {})[client] = str(error)
+            self.recorder.record(scene.found, Reason.INVALID_POD_TEMPLATE, str(error), warning=True)
+        except Refused as error:  # a quota, a missing role: somebody can mend it while we wait
+            hindrance = f"{stage} {client}".strip() + f": {error}"
+            self.hindrances[scene.uid] = (*self.hindrances.get(scene.uid, ()), hindrance)
+
+    def _spec(
+        self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]
+    ) -> AnyStageSpec:
+        job, uid, client, attempt = scene.job, scene.uid, start.client, start.attempt
+        datasets = {name: ledger.dataset for name, ledger in ledgers.items() if ledger.dataset is not None}
+        where = places(job, uid, {client: datasets[client]} if client else {})
+        if start.stage is Stage.RELEASE:
+            entry = ledgers[client].entry
+            assert entry is not None, "a release starts only after its charge"
+            return release_spec(job, uid, client, _under_uid(datasets[client], entry.dataset_uid), where, attempt)
+        releases = releases_that_count(observed, scene.counted)
+        if start.stage is Stage.TRAIN_SHARED:
+            return train_shared_spec(job, uid, next(iter(datasets.values())), releases, where, attempt)
+        shared = observed.stages.get((Stage.TRAIN_SHARED, ""))
+        denoiser = shared.receipt.outputs["denoiser"] if shared is not None and shared.receipt is not None else ""
+        if start.stage is Stage.REPORT:
+            return _report_spec(scene, observed, ledgers, where.federation_store, denoiser, attempt)
+        return owner_stage_spec(start.stage, job, uid, client, datasets[client], releases, denoiser, where, attempt)
+
+    # -- the end
+
+    async def _with_finalizer(self, found: Object) -> Object:
+        """The job, sure not to vanish before its pods in other namespaces are stopped."""
+        metadata = found["metadata"]
+        finalizers = metadata.get("finalizers") or []
+        if FINALIZER in finalizers:
+            return found
+        patch = [
+            {"op": "test", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},
+            {"op": "add", "path": "/metadata/finalizers", "value": [*finalizers, FINALIZER]},
+        ]
+        return await self.cluster.patch(FDJ, metadata["namespace"], metadata["name"], patch)
+
+    async def _say_farewell(self, found: Object, children: Children) -> float | None:
+        """A deleted job leaves its ledger's entries, and nothing else."""
+        metadata = found["metadata"]
+        finalizers = metadata.get("finalizers") or []
+        if FINALIZER not in finalizers:
+            return None
+        await self._give_back_all(found)
+        if await self._delete_children(found, children):
+            return 1.0  # until every Job is gone; its pods go with it
+        patch = [
+            {"op": "test", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},
+            {"op": "replace", "path": "/metadata/finalizers", "value": [one for one in finalizers if one != FINALIZER]},
+        ]
+        await self.cluster.patch(FDJ, metadata["namespace"], metadata["name"], patch)
+        return None
+
+    async def _give_back_all(self, found: Object) -> None:
+        """What is only reserved is returned; what is charged stays charged. A job that was never understood holds
+        nothing."""
+        try:
+            job = parse(FederatedDiffusionJob, found, "job")
+        except SpecInvalid:
+            return
+        uid = found["metadata"]["uid"]
+        for client in job.spec.clients:
+            if (await self.ledger.look(job, uid, client.name)).hold is Hold.RESERVED:
+                await self.ledger.give_back(job, uid, client.name)
+
+    async def _delete_children(self, found: Object, children: Children) -> bool:
+        """Whether there were any left. Read anew, and in every namespace of the job: a watch may be late."""
+        uid = found["metadata"]["uid"]
+        clients = found["spec"].get("clients") or []
+        of_owners = [each["dataset"].get("namespace", "default") for each in clients]
+        left = False
+        for kind in (JOB, CONFIG_MAP, SERVICE):
+            for namespace in sorted({found["metadata"]["namespace"], *of_owners}):
+                for child in await self.cluster.list(kind, namespace, f"{JOB_UID}={uid}"):
+                    left = True
+                    await self.cluster.delete(kind, namespace, child["metadata"]["name"], child["metadata"]["uid"])
+        return left
+
+    async def _clean_up(self, found: Object, children: Children) -> float | None:
+        """An ended job keeps what cleanPodPolicy says, for as long as ttlSecondsAfterFinished says."""
+        uid = found["metadata"]["uid"]
+        self.hindrances.pop(uid, None)
+        self.refused.pop(uid, None)
+        policy = found["spec"].get("cleanPodPolicy", "Running")
+        if policy == "All" and (children.jobs_of(uid) or children.pods_of(uid)):
+            await self._delete_children(found, children)
+        elif policy == "Running":
+            for child in children.jobs_of(uid):
+                if not _is_over(child):
+                    change = {"metadata": {"annotations": {STOPPED: "NotNeeded"}}, "spec": {"suspend": True}}
+                    await self.cluster.patch(JOB, child["metadata"]["namespace"], child["metadata"]["name"], change)
+        return await self._expire(found)
+
+    async def _expire(self, found: Object) -> float | None:
+        """Seconds until ttlSecondsAfterFinished has passed; then the job is deleted."""
+        at = expires_at(found)
+        if at is None:
+            return None
+        if (left := (at - self.clock()).total_seconds()) > 0:
+            return left
+        metadata = found["metadata"]
+        await self.cluster.delete(FDJ, metadata["namespace"], metadata["name"], metadata["uid"])
+        return None
+
+    async def _remove_orphans(self, strangers: Iterable[Object]) -> None:
+        """Jobs of an earlier job of this name, whose finalizer somebody took away."""
+        for child in strangers:
+            metadata = child["metadata"]
+            await self.cluster.delete(JOB, metadata["namespace"], metadata["name"], metadata["uid"])
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """One job and its children, at one moment."""
+
+    found: Object
+    job: FederatedDiffusionJob
+    uid: str
+    jobs: Sequence[Object]
+    pods: Sequence[Object]
+    now: datetime
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        return tuple((self.found.get("status") or {}).get("counted") or ())
+
+    @property
+    def releasing_since(self) -> datetime | None:
+        """When the first release was started, as the status says or the children do; None before that."""
+        started = [each["metadata"]["creationTimestamp"] for each in self.jobs if _stage_of(each) is Stage.RELEASE]
+        known = (self.found.get("status") or {}).get("releasingSince")
+        return datetime.fromisoformat(known or min(started)) if known or started else None
+
+    @property
+    def release_deadline(self) -> datetime | None:
+        """None before the first release, and once the releases are counted."""
+        seconds, since = self.job.spec.deadlines.release_seconds, self.releasing_since
+        return since + timedelta(seconds=seconds) if seconds is not None and since and not self.counted else None
+
+    def running(self, stage: Stage, client: str) -> list[Object]:
+        return [
+            child
+            for child in self.jobs
+            if _stage_of(child) is stage
+            and child["metadata"]["labels"].get(CLIENT, "") == client
+            and not _is_over(child)
+        ]
+
+
+def _stage_of(child: Object) -> Stage:
+    return Stage(child["metadata"]["labels"][STAGE])
+
+
+def _is_over(child: Object) -> bool:
+    """Whether the Job has ended, or we have stopped it."""
+    conditions = child.get("status", {}).get("conditions") or []
+    finished = any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in conditions)
+    return finished or STOPPED in (child["metadata"].get("annotations") or {})
+
+
+def _charged(releases: Iterable[Object]) -> Iterator[Entry]:
+    for release in releases:
+        with suppress(SpecInvalid):  # an entry that cannot be understood is the ledger's business
+            if (entry := entry_of(release)).phase is Phase.CHARGED:
+                yield entry
+
+
+def _parsed(dataset: Object | None) -> PrivateDataset | None:
+    try:
+        return parse(PrivateDataset, dataset, "dataset") if dataset is not None else None
+    except SpecInvalid:
+        return None
+
+
+def _under_uid(dataset: PrivateDataset, uid: str) -> PrivateDataset:
+    """The dataset under the uid that its entry was made for: that names the release, whatever was recreated since."""
+    return dataset.model_copy(update={"metadata": dataset.metadata.model_copy(update={"uid": uid})})
+
+
+def _report_spec(
+    scene: _Scene,
+    observed: Observed,
+    ledgers: Mapping[str, ClientLedger],
+    federation_store: str,
+    denoiser: str,
+    attempt: int,
+) -> ReportSpec:
+    job = scene.job
+    dataset = next(ledger.dataset for ledger in ledgers.values() if ledger.dataset is not None).spec
+    return ReportSpec(
+        job=job_reference(job, scene.uid),
+        attempt=attempt,
+        releases=releases_that_count(observed, scene.counted),
+        image=dataset.image,
+        classes=dataset.classes,
+        privacy=job.spec.privacy,
+        diffusion=job.spec.diffusion,
+        shared=job.spec.shared,
+        budgets=tuple(_budget_line(client, ledgers[client].dataset) for client in scene.counted),
+        durations=tuple(_durations(observed)),
+        command=f"kubectl -n {job.metadata.namespace} apply -f {job.metadata.name}.yaml",
+        shared_denoiser_sha256=denoiser,
+        federation_store=federation_store,
+    )
+
+
+def _budget_line(client: str, dataset: PrivateDataset | None) -> BudgetLine:
+    assert dataset is not None, "a job whose dataset is gone has lost the client"
+    budget = (dataset.status or {}).get("budget") or {}
+    return BudgetLine(
+        client=client,
+        budget_epsilon=str(dataset.spec.budget.epsilon),
+        spent_epsilon=str(budget.get("spent", "")),
+        remaining_epsilon=str(budget.get("remaining", "")),
+        delta=str(dataset.spec.budget.delta),
+        num_releases=int((dataset.status or {}).get("numReleases", 0)),
+    )
+
+
+def _durations(observed: Observed) -> Iterable[Duration]:
+    for (stage, client), seen in observed.stages.items():
+        if seen.receipt is not None:
+            yield Duration(stage=stage, client=client, attempts=seen.attempt, milliseconds=seen.receipt.milliseconds)

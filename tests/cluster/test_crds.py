@@ -1,0 +1,512 @@
+"""Our three kinds on a real API server: what it takes, what it refuses in which words, and what may change."""
+
+import copy
+import itertools
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.kubernetes import ControlPlane
+from feddiff_protocol.api import GROUP, parse_document
+from feddiff_protocol.crd import definitions
+from feddiff_protocol.errors import SpecInvalid
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+LIMIT_BYTES = 262_144  # kubectl apply keeps the whole object in an annotation of at most this size
+MISSING = object()
+
+DATASET: dict[str, Any] = {
+    "apiVersion": "feddiff.dev/v1alpha1",
+    "kind": "PrivateDataset",
+    "metadata": {"name": "scans"},
+    "spec": {
+        "source": {"format": "npz", "path": "train.npz", "volumeClaim": "scans"},
+        "image": {"channels": 1, "height": 8, "width": 8},
+        "classes": {"count": 2, "records": [30, 40], "names": ["healthy", "ill"]},
+        "budget": {"epsilon": "20", "delta": "1e-5", "unit": "image", "pureEpsilon": "0"},
+        "access": [{"namespace": "research", "maxEpsilon": "10"}],
+        "images": ["sha256:" + 64 * "0"],
+        "store": {"uri": "s3://clinic-a/feddiff", "secretName": "clinic-a-store"},
+        "federation": {"uri": "s3://federation/jobs", "secretName": "federation-clinic-a"},
+        "podTemplate": {"spec": {"nodeSelector": {"pool": "private"}}},
+    },
+}
+SUMMARY: dict[str, Any] = {
+    "apiVersion": "feddiff.dev/v1alpha1",
+    "kind": "FederatedDiffusionJob",
+    "metadata": {"name": "digits"},
+    "spec": {
+        "clients": [{"name": name, "dataset": {"namespace": f"clinic-{name}", "name": "scans"}} for name in "ab"],
+        "quorum": 1,
+        "privacy": {
+            "mechanism": "summary",
+            "epsilon": "10",
+            "delta": "1e-5",
+            "clipNorm": "4.25",
+            "momentClipNorm": "2.5",
+            "meanShare": "0.5",
+            "centre": "0.5",
+            "varianceGuess": "0.05",
+        },
+        "diffusion": {"steps": 1000, "betaStart": "1e-4", "betaEnd": "0.02", "splitSigma": "0.25"},
+        "network": {"baseWidth": 16},
+        "shared": {"images": 100000, "batch": 256, "replicas": 2, "resources": {"limits": {"nvidia.com/gpu": 1}}},
+        "personal": {"images": 100000, "batch": 256, "releaseSigma": "0.25"},
+        "sampling": {"imagesPerClass": 100, "steps": 20},
+        "store": {"uri": "s3://federation/jobs", "secretName": "federation-trainer"},
+        "deadlines": {"releaseSeconds": 600},
+        "backoffLimit": 3,
+        "ttlSecondsAfterFinished": 600,
+    },
+}
+GAUSSIAN: dict[str, Any] = copy.deepcopy(SUMMARY)
+GAUSSIAN["spec"] |= {
+    "privacy": {"mechanism": "gaussian", "epsilon": "10", "delta": "1e-5", "clipNorm": "4.25", "pixels": "zeroToOne"},
+    "diffusion": {"timeline": "restarted"},
+    "personal": {"images": 100000, "batch": 256},
+}
+RELEASE: dict[str, Any] = {
+    "apiVersion": "feddiff.dev/v1alpha1",
+    "kind": "PrivacyRelease",
+    "metadata": {"name": "digits-a"},
+    "spec": {
+        "dataset": {"name": "scans", "uid": "d-1"},
+        "job": {"namespace": "research", "name": "digits", "uid": "j-1"},
+        "client": "a",
+        "mechanism": "summary",
+        "unit": "image",
+        "epsilon": "10",
+        "delta": "1e-5",
+        "charge": {"muSquared": "1.25"},
+        "reservedAt": "2026-01-01T00:00:00Z",
+    },
+}
+PLURALS = {
+    "PrivateDataset": "privatedatasets",
+    "PrivacyRelease": "privacyreleases",
+    "FederatedDiffusionJob": "federateddiffusionjobs",
+}
+
+
+def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy with `value` at a dotted path, which is made where it is missing; MISSING removes what is there."""
+    result = copy.deepcopy(document)
+    *parents, last = path.split(".")
+    place: Any = result
+    for name in parents:
+        place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+    if value is MISSING:
+        del place[last]
+    else:
+        place[int(last) if isinstance(place, list) else last] = value
+    return result
+
+
+def url(document: dict[str, Any], namespace: str, name: str = "", query: str = "") -> str:
+    group, version = document["apiVersion"].split("/")
+    place = f"/apis/{group}/{version}/namespaces/{namespace}/{PLURALS[document['kind']]}"
+    return place + (f"/{name}" if name else "") + (f"?{query}" if query else "")
+
+
+def listed(*documents: dict[str, Any]) -> str:
+    """For kubectl's standard input; JSON, since PyYAML leaves "1e-5" without quotes, to Kubernetes a number."""
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": documents})
+
+
+def paths(value: Any, path: str = "") -> set[str]:
+    """The dotted path of each field."""
+    if not isinstance(value, dict):
+        return set()
+    below = {f"{path}.{name}".lstrip("."): part for name, part in value.items()}
+    return below.keys() | {each for name, part in below.items() for each in paths(part, name)}
+
+
+def refusal(answer: tuple[int, Any]) -> str:
+    """The API server's words, empty when it took the object."""
+    status, body = answer
+    assert status in (200, 201, 400, 422), body
+    return "" if status < 300 else body["message"]
+
+
+@pytest.fixture
+def namespace(control_plane: ControlPlane) -> str:
+    return control_plane.namespace()
+
+
+# ---- definitions and samples -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plural", sorted(PLURALS.values()))
+def test_each_definition_is_small_taken_without_a_warning_and_established(
+    control_plane: ControlPlane, plural: str
+) -> None:
+    file = ROOT / "crds" / f"{plural}.yaml"
+    assert file.stat().st_size < LIMIT_BYTES
+    control_plane.kubectl("apply", "--warnings-as-errors", "--dry-run=server", "-f", file)
+    _, stored = control_plane.request(
+        "GET", f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{plural}.feddiff.dev"
+    )
+    conditions = {each["type"]: each["status"] for each in stored["status"]["conditions"]}
+    assert conditions["Established"] == "True" and conditions["NamesAccepted"] == "True"
+    assert "NonStructuralSchema" not in conditions
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_sample_is_taken_as_it_stands(control_plane: ControlPlane, sample: Path) -> None:
+    documents = list(yaml.safe_load_all(sample.read_text()))
+    for namespace in {document["metadata"]["namespace"] for document in documents}:
+        creation = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+        control_plane.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(creation))
+    control_plane.kubectl("apply", "--warnings-as-errors", "--dry-run=server", "-f", sample)
+
+
+def test_what_the_server_stores_is_what_a_local_run_reads(control_plane: ControlPlane, namespace: str) -> None:
+    """Defaults are stated twice, in the types and in the definitions made from them: they have to agree."""
+    least = {
+        "PrivateDataset": {name: DATASET["spec"][name] for name in ("source", "image", "classes", "budget")},
+        "FederatedDiffusionJob": {name: GAUSSIAN["spec"][name] for name in ("clients", "privacy")},
+    }
+    for kind, spec in least.items():
+        document = {"apiVersion": "feddiff.dev/v1alpha1", "kind": kind, "metadata": {"name": "x"}, "spec": spec}
+        status, stored = control_plane.request("POST", url(document, namespace), document)
+        assert status == 201, stored
+        local = parse_document(changed(document, "metadata.namespace", namespace), "local")
+        assert parse_document(stored, "stored").spec == local.spec
+        assert paths(stored["spec"]) == paths(local.spec.to_wire())
+
+
+def test_explain_reads_well(control_plane: ControlPlane) -> None:
+    text = control_plane.kubectl("explain", "fdj.spec.privacy")
+    assert "One promise: (epsilon, delta) per unit, by a mechanism that has to be named." in " ".join(text.split())
+    for field in ("mechanism", "epsilon", "delta", "clipNorm"):
+        assert re.search(rf"^  {field}\t<string> -required-$|^  {field}\t<string>.*-required-", text, re.MULTILINE), (
+            text
+        )
+    assert "largest Euclidean norm of an image" in text
+    for path in ("pds.spec.budget", "pds.spec.classes", "prl.spec", "fdj.spec.deadlines"):
+        assert "DESCRIPTION" in control_plane.kubectl("explain", path)
+
+
+def test_columns_and_short_names(control_plane: ControlPlane, namespace: str) -> None:
+    control_plane.kubectl("apply", "-n", namespace, "-f", "-", stdin=listed(DATASET, GAUSSIAN, RELEASE))
+    assert re.search(r"NAME +BUDGET .*\nscans +20 ", control_plane.kubectl("get", "pds", "-n", namespace))
+    assert re.search(r"NAME +PHASE +CLIENTS .*\ndigits ", control_plane.kubectl("get", "fdj", "-n", namespace))
+    assert re.search(
+        r"NAME +CLIENT +JOB .*\ndigits-a +a +digits ", control_plane.kubectl("get", "prl", "-n", namespace)
+    )
+    assert control_plane.kubectl("get", "feddiff", "-n", namespace, "-o", "name").count("\n") == 3
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------
+
+REFUSED = [
+    (SUMMARY, "spec.privacy.epsilon", "0", "must be > 0.0"),
+    (SUMMARY, "spec.privacy.epsilon", "0.000", "must be > 0.0"),
+    (SUMMARY, "spec.privacy.epsilon", 10, "must be of type string"),
+    (SUMMARY, "spec.privacy.epsilon", "-1", "should match"),
+    (SUMMARY, "spec.privacy.epsilon", "Infinity", "should match"),
+    (SUMMARY, "spec.privacy.epsilon", "NaN", "should match"),
+    (SUMMARY, "spec.privacy.epsilon", "10\n", "should match"),
+    (SUMMARY, "spec.privacy.epsilon", MISSING, "spec.privacy.epsilon: Required value"),
+    (SUMMARY, "spec.privacy.delta", "0", "must be > 0.0"),
+    (SUMMARY, "spec.privacy.delta", "1", "must be < 1.0"),
+    (SUMMARY, "spec.privacy.delta", "0.99999999999999999999", "should match"),
+    (SUMMARY, "spec.privacy.unit", "patient", 'supported values: "image"'),
+    (SUMMARY, "spec.privacy.mechanism", MISSING, "spec.privacy.mechanism: Required value"),
+    (SUMMARY, "spec.privacy.mechanism", "laplace", 'supported values: "gaussian", "summary"'),
+    (SUMMARY, "spec.privacy.clipNorm", MISSING, "spec.privacy.clipNorm: Required value"),
+    (SUMMARY, "spec.privacy.clipNorm", "0", "must be > 0.0"),
+    (SUMMARY, "spec.privacy.momentClipNorm", MISSING, "momentClipNorm goes with mechanism summary"),
+    (SUMMARY, "spec.privacy.pixels", "zeroToOne", "pixels goes with mechanism gaussian"),
+    (SUMMARY, "spec.privacy.meanShare", "1", "must be < 1.0"),
+    (SUMMARY, "spec.privacy.centre", "1.01", "must be <= 1.0"),
+    (GAUSSIAN, "spec.privacy.momentClipNorm", "2.5", "momentClipNorm goes with mechanism summary"),
+    (GAUSSIAN, "spec.privacy.centre", "0.5", "meanShare, centre and varianceGuess go with mechanism summary"),
+    (GAUSSIAN, "spec.diffusion.splitSigma", "0.25", "diffusion.splitSigma goes with mechanism summary"),
+    (SUMMARY, "spec.diffusion.splitSigma", MISSING, "diffusion.splitSigma goes with mechanism summary"),
+    (SUMMARY, "spec.diffusion.steps", 9, "greater than or equal to 10"),
+    (SUMMARY, "spec.clients", [], "at least 1 items"),
+    (SUMMARY, "spec.clients", 501 * SUMMARY["spec"]["clients"], "must have at most 1000 items"),
+    (SUMMARY, "spec.clients.0.name", "Clinic_A", "should match"),
+    (SUMMARY, "spec.quorum", 3, "quorum can be at most the number of clients"),
+    (SUMMARY, "spec.quorum", 0, "greater than or equal to 1"),
+    (SUMMARY, "spec.diffusion.timeline", "continued", "diffusion.timeline goes with mechanism gaussian"),
+    (SUMMARY, "spec.diffusion.betaEnd", "0.00009", "betaEnd must be at least betaStart"),
+    (SUMMARY, "spec.shared.batch", 255, "batch must be a multiple of replicas × processesPerReplica"),
+    (GAUSSIAN, "spec.shared.denoiser", "closedForm", "closedForm goes with mechanism summary"),
+    (GAUSSIAN, "spec.personal.releaseSigma", "0.25", "personal.releaseSigma goes with mechanism summary"),
+    (SUMMARY, "spec.shared.replicas", 1025, "less than or equal to 1024"),
+    (SUMMARY, "spec.shared.images", 1.5, "must be of type integer"),
+    (SUMMARY, "spec.cleanPodPolicy", "Some", "supported values"),
+    (SUMMARY, "spec.backoffLimit", -1, "greater than or equal to 0"),
+    (SUMMARY, "spec.store.uri", "http://federation", "should match"),
+    (SUMMARY, "spec.deadlines.releaseSeconds", 0, "greater than or equal to 1"),
+    (SUMMARY, "spec.seed", 1, 'unknown field "spec.seed"'),
+    (SUMMARY, "spec.privacy.Epsilon", "1", 'unknown field "spec.privacy.Epsilon"'),
+    (SUMMARY, "metadata.name", "digits.2", "metadata.name"),
+    (SUMMARY, "metadata.name", 64 * "a", "metadata.name"),
+    (DATASET, "spec.budget.epsilon", "0", "must be > 0.0"),
+    (DATASET, "spec.budget.delta", "1e0", "must be < 1.0"),
+    (DATASET, "spec.budget.pureEpsilon", "21", "pureEpsilon can be at most epsilon"),
+    (DATASET, "spec.budget", MISSING, "spec.budget: Required value"),
+    (DATASET, "spec.access.0.maxEpsilon", "0", "must be > 0.0"),
+    (DATASET, "spec.access", 65 * DATASET["spec"]["access"], "must have at most 64 items"),
+    (DATASET, "spec.classes.records", [30], "records needs one number for each class"),
+    (DATASET, "spec.classes.records.0", -1, "greater than or equal to 0"),
+    (DATASET, "spec.source.format", "tfrecord", "supported values"),
+    (DATASET, "spec.source.labelsPath", "labels", "labelsPath goes with format idx, alone"),
+    (DATASET, "spec.source.format", "idx", "labelsPath goes with format idx, alone"),
+    (DATASET, "spec.source.holdoutLabelsPath", "labels", "holdoutLabelsPath goes with format idx, alone"),
+    (
+        DATASET,
+        "spec.source",
+        {"format": "idx", "path": "a", "labelsPath": "b", "holdoutPath": "c"},
+        "format idx needs holdoutLabelsPath beside holdoutPath",
+    ),
+    (DATASET, "spec.classes.names", ["healthy"], "names needs one name for each class"),
+    (DATASET, "spec.classes.records", [1, 0], "records needs at least 2 records in all"),
+    (DATASET, "spec.source.path", "", "at least 1 chars"),
+    (DATASET, "spec.image.channels", 5, "less than or equal to 4"),
+    (RELEASE, "spec.epsilon", "0", "must be > 0.0"),
+    (RELEASE, "spec.charge", MISSING, "spec.charge: Required value"),
+]
+RULE_WORDS = re.compile(r"^must be [<>]|goes? with|can be at most|needs one number")
+
+
+@pytest.mark.parametrize(
+    ("document", "path", "value", "words"),
+    REFUSED,
+    ids=[f"{document['kind']} {path} {str(value)[:20]!r}" for document, path, value, _ in REFUSED],
+)
+def test_a_bad_document_is_refused_in_words(
+    control_plane: ControlPlane, namespace: str, document: dict[str, Any], path: str, value: Any, words: str
+) -> None:
+    query = "dryRun=All&fieldValidation=Strict"
+    assert refusal(control_plane.request("POST", url(document, namespace, query=query), document)) == ""
+    answer = control_plane.request("POST", url(document, namespace, query=query), changed(document, path, value))
+    assert words in refusal(answer)
+
+
+# ---- what may change afterwards --------------------------------------------------------------------------------
+
+UPDATES = [
+    (SUMMARY, "spec.privacy.epsilon", "9", "privacy cannot change"),
+    (SUMMARY, "spec.privacy.epsilon", "1e1", "privacy cannot change"),
+    (SUMMARY, "spec.privacy.meanShare", MISSING, "privacy cannot change"),
+    (SUMMARY, "spec.clients.0.dataset.name", "others", "clients cannot change"),
+    (SUMMARY, "spec.clients", SUMMARY["spec"]["clients"][:1], "clients cannot change"),
+    (SUMMARY, "spec.diffusion.splitSigma", "0.5", "diffusion cannot change"),
+    (SUMMARY, "spec.suspend", True, ""),
+    (SUMMARY, "spec.deadlines.releaseSeconds", 60, ""),
+    (SUMMARY, "spec.deadlines", MISSING, ""),
+    (SUMMARY, "spec.shared.resources.limits", {"cpu": "1"}, "shared.resources can change only while suspend is true"),
+    (SUMMARY | {"spec": SUMMARY["spec"] | {"suspend": True}}, "spec.shared.resources.limits", {"cpu": "1"}, ""),
+    (SUMMARY, "spec.store.uri", "s3://elsewhere", "store cannot change"),
+    (SUMMARY, "spec.store", MISSING, "store cannot change"),
+    (SUMMARY, "spec.managedBy", "kueue.x-k8s.io/multikueue", "managedBy cannot change"),
+    (SUMMARY, "spec.ttlSecondsAfterFinished", 60, ""),
+    (SUMMARY, "spec.backoffLimit", 9, ""),
+    (DATASET, "spec.budget.epsilon", "19.999", "epsilon may be raised, never lowered"),
+    (DATASET, "spec.budget.epsilon", "20.001", ""),
+    (DATASET, "spec.budget.delta", "1e-6", "delta and unit cannot change"),
+    (DATASET, "spec.budget.delta", "1e-4", "delta and unit cannot change"),
+    (DATASET, "spec.budget.pureEpsilon", "1", "pureEpsilon cannot change"),
+    (DATASET, "spec.access", [], ""),
+    (RELEASE, "spec.epsilon", "9", "an entry of the ledger cannot change"),
+    (RELEASE, "spec.charge.muSquared", "0", "an entry of the ledger cannot change"),
+    (RELEASE, "spec.client", "b", "an entry of the ledger cannot change"),
+]
+
+
+@pytest.mark.parametrize(
+    ("document", "path", "value", "words"),
+    UPDATES,
+    ids=[f"{document['kind']} {path} {str(value)[:20]!r}" for document, path, value, _ in UPDATES],
+)
+def test_what_carries_the_promise_stays_and_the_rest_may_change(
+    control_plane: ControlPlane, namespace: str, document: dict[str, Any], path: str, value: Any, words: str
+) -> None:
+    status, stored = control_plane.request("POST", url(document, namespace), document)
+    assert status == 201, stored
+    place = url(document, namespace, document["metadata"]["name"])
+    assert refusal(control_plane.request("PUT", place, stored)) == ""
+    answer = refusal(control_plane.request("PUT", place, changed(stored, path, value)))
+    assert words in answer and bool(words) == bool(answer)
+
+
+@pytest.mark.parametrize("document", [DATASET, SUMMARY, RELEASE], ids=lambda document: document["kind"])
+def test_spec_and_status_are_written_apart(
+    control_plane: ControlPlane, namespace: str, document: dict[str, Any]
+) -> None:
+    place = url(document, namespace, document["metadata"]["name"])
+    status = {"budget": {"spent": "5"}} if document is DATASET else {"phase": "Failed"}
+    answer, stored = control_plane.request("POST", url(document, namespace), document | {"status": status})
+    assert answer == 201 and "status" not in stored
+    answer, written = control_plane.request("PUT", f"{place}/status", stored | {"status": status, "spec": {}})
+    assert answer == 200 and written["status"] == status and written["spec"] == stored["spec"]
+    answer, _ = control_plane.request("PUT", f"{place}/status", stored | {"status": {}})
+    assert answer == 409  # the compare-and-swap on which a budget rests
+
+
+# ---- documents that nobody wrote -------------------------------------------------------------------------------
+
+NUM_FUZZED = 1200
+DECIMALS = ["0", "1", "0.5", "1e-5", "20", "1e2", "1E9", "1e99", "1e-99", "999999999999", "0e0", "+1", "-1", ".5", "1.",
+            "", " 1", "1 ", "NaN", "inf", "0x1", "１０", "1_000", "1,5"]  # fmt: skip
+TEXTS = [
+    "",
+    "a",
+    "-a",
+    "a-",
+    "A",
+    "a.b",
+    "ä",
+    "a" * 63,
+    "a" * 64,
+    "x" * 5000,
+    "../x",
+    "a\nb",
+    "s3://b",
+    "file:///x",
+    "null",
+]
+ANYTHING: list[Any] = [None, True, 0, -1, 1.5, 2**31, 2**63 - 1, "1", "", [], [1], {}, {"a": 1}]
+
+
+def values_for(schema: dict[str, Any], random: random.Random) -> Any:
+    """A value that `schema` may or may not allow: mostly near its bounds, sometimes of another type."""
+    if random.random() < 0.15:
+        return random.choice(ANYTHING)
+    if "enum" in schema:
+        return random.choice([*schema["enum"], *TEXTS])
+    if schema["type"] == "integer":
+        bounds = [schema.get("minimum", 0), schema.get("maximum", 2**31)]
+        return random.choice([bound + step for bound in bounds for step in (-1, 0, 1)] + [7, 12])
+    if schema["type"] == "string":
+        return random.choice(DECIMALS if schema.get("maxLength") == 36 else TEXTS)
+    return random.choice(ANYTHING)
+
+
+def nodes(schema: dict[str, Any], value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each place below `path` that the schema knows, whether `value` has something there or not."""
+    for name, part in schema.get("properties", {}).items():
+        yield f"{path}.{name}", part
+        yield from nodes(part, value.get(name, {}) if isinstance(value, dict) else {}, f"{path}.{name}")
+    if "items" in schema and isinstance(value, list):
+        for index, part in enumerate(value[:2]):
+            yield f"{path}.{index}", schema["items"]
+            yield from nodes(schema["items"], part, f"{path}.{index}")
+
+
+def mutated(document: dict[str, Any], places: list[tuple[str, dict[str, Any]]], random: random.Random) -> Any:
+    for path, schema in random.choices(places, k=random.choice([1, 1, 2, 3])):
+        kind = random.random()
+        try:
+            if kind < 0.1:
+                document = changed(document, path, MISSING)
+            elif kind < 0.15:
+                document = changed(document, f"{path}.madeUp", 1)
+            elif kind < 0.2 and schema["type"] == "array":
+                document = changed(document, path, 2 * copy.deepcopy(SUMMARY["spec"]["clients"]))
+            else:
+                document = changed(document, path, values_for(schema, random))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            continue  # an earlier mutation took the place away
+    return document
+
+
+def fuzzed(count: int) -> Iterator[dict[str, Any]]:
+    random_numbers = random.Random(20260101)
+    places = {}
+    for document in (DATASET, SUMMARY, GAUSSIAN):
+        schema = definitions()[PLURALS[document["kind"]]]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+        found = list(nodes(schema["properties"]["spec"], document["spec"], "spec"))
+        places[id(document)] = [*found, ("metadata.name", {"type": "string"}), ("spec", {"type": "object"})]
+    for document in itertools.islice(itertools.cycle((DATASET, SUMMARY, GAUSSIAN)), count):
+        yield mutated(document, places[id(document)], random_numbers)
+
+
+def fault(document: Any) -> str:
+    """Why our own types refuse `document`: the first line, empty if they take it."""
+    try:
+        parse_document(document, "x")
+    except SpecInvalid as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+# The server stores these; the operator ends the job, or marks the dataset not ready, with our types' own words.
+STORED_THOUGH_FAULTY = (
+    "clients: expected distinct names",  # a rule over pairs of 1,000 clients costs more than the server allows
+    "clients: expected each dataset once",
+)
+
+
+def offered(control_plane: ControlPlane, namespace: str, count: int, group: str = GROUP) -> list[tuple[str, str, str]]:
+    """Of each fuzzed document: what a local run says, what the server says, what our types say of what it stored."""
+
+    def outcome(document: dict[str, Any]) -> tuple[str, str, str]:
+        sent = document | {"apiVersion": f"{group}/v1alpha1"}
+        answer = control_plane.request("POST", url(sent, namespace, query="dryRun=All&fieldValidation=Ignore"), sent)
+        refused = refusal(answer)
+        stored = "" if refused else fault(answer[1] | {"apiVersion": document["apiVersion"]})
+        return fault(document), refused, stored
+
+    with ThreadPoolExecutor(4) as threads:
+        return list(threads.map(outcome, fuzzed(count)))
+
+
+def unexpected(outcomes: list[tuple[str, str, str]]) -> list[str]:
+    """Faults that only our types find, beyond the listed ones; and what a local run takes and the server does not."""
+    unlisted = [words for _, _, words in outcomes if words and not any(each in words for each in STORED_THOUGH_FAULTY)]
+    # JSON's "3" and 1 pass for 3 and true in a local run.
+    lenient = re.compile("must be of type (integer|boolean)")
+    return unlisted + [words for local, words, _ in outcomes if words and not local and not lenient.search(words)]
+
+
+def test_a_document_that_nobody_wrote_is_refused_or_understood(control_plane: ControlPlane, namespace: str) -> None:
+    outcomes = offered(control_plane, namespace, NUM_FUZZED)
+    num_refused = sum(1 for _, refused, _ in outcomes if refused)
+    faulty = Counter(re.sub(r" = .*|, found .*", "", words) for _, _, words in outcomes if words)
+    print(f"{NUM_FUZZED} documents: {num_refused} refused; {faulty.total()} stored though faulty:")
+    print("\n".join(f"{count:4} {words}" for words, count in faulty.most_common()))
+    assert NUM_FUZZED / 4 < num_refused < NUM_FUZZED * 0.9
+    assert unexpected(outcomes) == []
+
+
+def without_rules(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        return {name: without_rules(part) for name, part in schema.items() if name != "x-kubernetes-validations"}
+    return [without_rules(part) for part in schema] if isinstance(schema, list) else schema
+
+
+@pytest.fixture(scope="module")
+def lax(control_plane: ControlPlane) -> str:
+    """A group with our kinds and none of their rules."""
+    group = "lax.feddiff.dev"
+    for plural, definition in definitions().items():
+        mutant = without_rules(definition) | {"metadata": {"name": f"{plural}.{group}"}}
+        mutant["spec"] |= {"group": group}
+        control_plane.kubectl("apply", "-f", "-", stdin=json.dumps(mutant))
+        established = ("--for=condition=Established", "--timeout=30s")
+        control_plane.kubectl("wait", *established, f"crd/{plural}.{group}")
+    return group
+
+
+def test_it_is_the_rules_that_refuse(control_plane: ControlPlane, namespace: str, lax: str) -> None:
+    """Both procedures above see when the rules are gone."""
+    by_rule = [(document, path, value) for document, path, value, words in REFUSED if RULE_WORDS.search(words)]
+    assert len(by_rule) > 15
+    for document, path, value in by_rule:
+        bad = changed(document, path, value) | {"apiVersion": f"{lax}/v1alpha1"}
+        assert refusal(control_plane.request("POST", url(bad, namespace, query="dryRun=All"), bad)) == ""
+    assert unexpected(offered(control_plane, namespace, 300, lax))

@@ -1,0 +1,64 @@
+"""A real API server for the tests that ask for one, and one whole node for those that run pods.
+
+    def test_a_job_is_stored(control_plane: ControlPlane) -> None:
+        namespace = control_plane.namespace()
+        control_plane.kubectl("apply", "-n", namespace, "-f", "-", stdin=yaml.safe_dump(job))
+
+Types: `from cluster.kubernetes import ControlPlane, Node`.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from cluster.kubernetes import RUN, ControlPlane, Node, ProgramsMissing
+
+C = TypeVar("C", bound=ControlPlane)
+CRDS = Path(__file__).parents[1] / "crds"
+NODE_SECONDS = 1200  # images are built and loaded, and one file of tests may have to wait for another's node
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a cluster says so (`-m "not cluster"`), what needs a node too (`-m node`), and may take its time."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "control_plane" in fixtures or "node" in fixtures:
+            item.add_marker(pytest.mark.cluster)
+        if "node" in fixtures:
+            item.add_marker(pytest.mark.node)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(NODE_SECONDS))
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """etcd, API server and controller-manager with our three kinds; tests share it and take namespaces of their own."""
+    yield from _with_kinds(ControlPlane(tmp_path_factory.mktemp("kubernetes")))
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A whole Kubernetes with one node and our three kinds. One file of tests after the other gets it."""
+    if os.geteuid():
+        pytest.fail("tests that run pods need root; `make test-local` leaves them out", pytrace=False)
+    with RUN.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield from _with_kinds(Node(tmp_path_factory.mktemp("node")))
+
+
+def _with_kinds(cluster: C) -> Iterator[C]:
+    try:
+        cluster.up()
+    except ProgramsMissing as error:
+        pytest.fail(str(error), pytrace=False)
+    try:
+        cluster.kubectl("apply", "-f", CRDS)
+        cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", CRDS)
+        yield cluster
+    finally:
+        cluster.down()

@@ -1,0 +1,390 @@
+"""The reconcile of one job on a simulated platform: whatever dies, fails or is taken away, it ends, with an exact
+ledger and no child twice."""
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from cluster.kubelet import receipt_of
+from fake_cluster import Killed, Mortal, Platform, SeenChildren, no_sleep
+from feddiff_operator import workloads
+from feddiff_operator.cluster import CONFIG_MAP, FDJ, JOB, PDS, POD, PRL, SERVICE, Invalid, Refused
+from feddiff_operator.ledger import ClusterLedger
+from feddiff_operator.metrics import Metrics
+from feddiff_operator.reconcile import Reconciler
+from feddiff_operator.settings import Settings
+from feddiff_protocol.ledger import inconsistency
+from feddiff_protocol.ledger_objects import account_of, entry_of
+
+Object = dict[str, Any]
+START = datetime(2026, 1, 1, tzinfo=UTC)
+LONGEST = timedelta(days=2)
+
+
+class Recorder:
+    """Takes note of events in memory."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+
+    def record(self, regarding: Object, reason: str, message: str, warning: bool = False) -> None:
+        self.reasons[reason] += 1
+
+
+class World:
+    """One job of two owners, its platform, its clock, and an operator that can be started anew."""
+
+    def __init__(self, outcome: Callable[[Object, Object], Any] | None = None, **spec: Any) -> None:
+        self.platform = Platform(outcome or self.good)
+        self.now = START
+        self.recorder = Recorder()
+        for client in "ab":
+            self.platform.put(PDS, dataset(client))
+        self.job = self.platform.put(FDJ, job(**spec))
+
+    def spec_of(self, pod: Object) -> Object:
+        name = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
+        return json.loads(self.platform.objects["ConfigMap", pod["metadata"]["namespace"], name]["data"]["spec.json"])
+
+    def good(self, pod: Object, child: Object) -> tuple[int, str]:
+        return 0, receipt_of(self.spec_of(pod))
+
+    def operator(self, cluster: Any = None) -> Reconciler:
+        cluster = cluster or self.platform
+        settings = Settings(trainer_image="trainer:test")
+        return Reconciler(
+            cluster, ClusterLedger(cluster, self.clock, no_sleep), settings, self.recorder, Metrics(), self.clock
+        )
+
+    def clock(self) -> datetime:
+        return self.now
+
+    @property
+    def found(self) -> Object | None:
+        return self.platform.objects.get((FDJ.name, "research", "job"))
+
+    @property
+    def status(self) -> Object:
+        return (self.found or {}).get("status", {})
+
+    def failed(self) -> Object:
+        return next(each for each in self.status["conditions"] if each["type"] == "Failed")
+
+    async def look(self, operator: Reconciler) -> float | None:
+        return await operator.job("research", "job", SeenChildren(self.platform))
+
+    async def go_on(self, operator: Reconciler, until: Callable[[], bool]) -> None:
+        """Turn by turn until something is so, or nothing would ever happen again."""
+        while not until():
+            version = self.platform.version
+            wake = await self.look(operator)
+            await operator.dataset("clinic-a", "scans")
+            await operator.dataset("clinic-b", "scans")
+            if self.platform.live(self.now) or self.platform.version != version:
+                continue
+            assert wake is not None, f"nothing is waited for: {self.status}"
+            assert self.now - START < LONGEST, f"never ends: {self.status}"
+            self.now += timedelta(seconds=max(wake, 1))
+
+    def ended(self) -> bool:
+        return self.status.get("phase") in ("Complete", "Failed")
+
+    def entries(self) -> list[Any]:
+        return [entry_of(each) for each in self.platform.peek(PRL)]
+
+    def in_order(self) -> None:
+        """Every ledger agrees with its account."""
+        for found in self.platform.peek(PDS):
+            namespace = found["metadata"]["namespace"]
+            entries = [entry_of(each) for each in self.platform.peek(PRL) if each["metadata"]["namespace"] == namespace]
+            account = account_of(found["status"])
+            assert account is not None and not account.pending
+            assert inconsistency(account, entries) is None
+
+
+def dataset(client: str, **spec: Any) -> Object:
+    return {
+        "apiVersion": "feddiff.dev/v1alpha1",
+        "kind": "PrivateDataset",
+        "metadata": {"name": "scans", "namespace": f"clinic-{client}"},
+        "spec": {
+            "source": {"format": "npz", "path": "train.npz", "volumeClaim": "scans"},
+            "image": {"channels": 1, "height": 8, "width": 8},
+            "classes": {"count": 2, "records": [100, 5]},
+            "budget": {"epsilon": "20", "delta": "1e-5"},
+            "access": [{"namespace": "research"}],
+            "store": {"uri": f"s3://clinic-{client}/feddiff"},
+            **spec,
+        },
+    }
+
+
+def job(**spec: Any) -> Object:
+    privacy = {"mechanism": "summary", "epsilon": "10", "delta": "1e-5", "clipNorm": "4.25", "momentClipNorm": "2"}
+    return {
+        "apiVersion": "feddiff.dev/v1alpha1",
+        "kind": "FederatedDiffusionJob",
+        "metadata": {"name": "job", "namespace": "research"},
+        "spec": {
+            "clients": [{"name": each, "dataset": {"namespace": f"clinic-{each}", "name": "scans"}} for each in "ab"],
+            "privacy": privacy,
+            "diffusion": {"splitSigma": "1"},
+            "store": {"uri": "s3://federation/jobs"},
+            **spec,
+        },
+    }
+
+
+def one_of_each(world: World) -> None:
+    """Complete, by one attempt of every stage, one release and one charge a client."""
+    assert world.status["phase"] == "Complete", world.status
+    attempts = Counter((stage, client) for stage, client, _ in world.platform.started)
+    assert attempts == {
+        ("train-shared", ""): 2,
+        ("report", ""): 1,
+        **{(stage, client): 1 for stage in ("release", "train-personal", "sample", "evaluate") for client in "ab"},
+    }
+    assert {attempt for _, _, attempt in world.platform.started} == {1}
+    entries = sorted(world.entries(), key=lambda entry: entry.client)
+    assert [(entry.client, entry.phase) for entry in entries] == [("a", "Charged"), ("b", "Charged")]
+    assert all(len(entry.manifest_sha256) == 64 for entry in entries)
+    world.in_order()
+
+
+def test_a_job_completes_with_one_attempt_of_every_stage() -> None:
+    world = World()
+    asyncio.run(world.go_on(world.operator(), world.ended))
+    one_of_each(world)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the call", "after it took effect"])
+def test_an_operator_may_die_at_any_call_of_a_job(after: bool) -> None:
+    num_deaths = 0
+    for dies_at in range(1, 1000):
+        world = World()
+        mortal = Mortal(world.platform, dies_at, after)
+        try:
+            asyncio.run(world.go_on(world.operator(mortal), world.ended))
+        except Killed:
+            num_deaths += 1
+        else:
+            break
+        asyncio.run(world.go_on(world.operator(), world.ended))
+        one_of_each(world)
+    assert num_deaths > 100, "every call of a whole job was a place to die"
+
+
+def test_children_with_other_names_after_a_crash_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: names that do not follow from what a child is."""
+    draws = random.Random(0)
+    named = workloads.child_name
+    monkeypatch.setattr(workloads, "child_name", lambda *key: f"{named(*key)}-{draws.getrandbits(32):08x}")
+
+    async def twice() -> None:
+        world = World()
+        children = SeenChildren(world.platform)
+        while not world.platform.peek(JOB):
+            await world.look(world.operator())
+        late = SeenChildren(Platform(world.good))  # a watch that has not shown the Jobs yet
+        late.releases_of, late.dataset = children.releases_of, children.dataset  # type: ignore[method-assign]
+        await world.operator().job("research", "job", late)
+        labels = [each["metadata"]["labels"]["feddiff.dev/client"] for each in world.platform.peek(JOB)]
+        assert Counter(labels) == {"a": 2, "b": 2}
+
+    asyncio.run(twice())
+
+
+def test_a_late_watch_makes_no_child_twice() -> None:
+    async def story() -> None:
+        world = World()
+        children = SeenChildren(world.platform)
+        while not world.platform.peek(JOB):
+            await world.look(world.operator())
+        late = SeenChildren(Platform(world.good))
+        late.releases_of, late.dataset = children.releases_of, children.dataset  # type: ignore[method-assign]
+        await world.operator().job("research", "job", late)
+        labels = [each["metadata"]["labels"]["feddiff.dev/client"] for each in world.platform.peek(JOB)]
+        assert Counter(labels) == {"a": 1, "b": 1}
+
+    asyncio.run(story())
+
+
+CODES = (1, 64, 65, 66, 69, 73, 74, 75, 77, 78, 137)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_pods_do_the_job_ends_with_a_reason_and_exact_books(seed: int) -> None:
+    """Exit codes, lost receipts, foreign receipts and vanished pods, at random, with a quorum of one."""
+    draws = random.Random(seed)
+
+    def outcome(pod: Object, child: Object) -> tuple[int, str] | None:
+        draw = draws.random()
+        if draw < 0.6:
+            return world.good(pod, child)
+        if draw < 0.7:
+            return 0, draws.choice(["", "{}", "receipt", receipt_of({**world.spec_of(pod), "attempt": 99})])
+        if draw < 0.8:
+            world.platform.remove(POD, pod["metadata"]["namespace"], pod["metadata"]["name"])
+            return None
+        return draws.choice(CODES), ""
+
+    world = World(outcome, quorum=1, backoffLimit=2, deadlines={"stageSeconds": 600})
+    asyncio.run(world.go_on(world.operator(), world.ended))
+    assert world.status["phase"] in ("Complete", "Failed")
+    if world.status["phase"] == "Failed":
+        assert world.failed()["reason"] in ("StageFailed", "ClientsLost", "StageDeadlineExceeded"), world.failed()
+        assert world.failed()["message"]
+    world.in_order()
+    assert {entry.phase for entry in world.entries()} <= {"Charged", "Returned"}
+    releases = [key for key in world.platform.started if key[0] == "release"]
+    assert len({client for _, client, _ in releases}) <= sum(entry.phase == "Charged" for entry in world.entries())
+
+
+def test_a_job_that_was_never_understood_fails_with_the_words_and_can_be_deleted() -> None:
+    world = World()
+    broken = json.loads(json.dumps(world.job))
+    broken["spec"]["diffusion"]["betaEnd"] = "1e-5"
+    world.platform.put(FDJ, broken)
+
+    async def story() -> None:
+        operator = world.operator()
+        await world.go_on(operator, world.ended)
+        assert world.failed()["reason"] == "InvalidSpec"
+        await world.platform.delete(FDJ, "research", "job")
+        await world.look(operator)
+        assert world.found is None
+
+    asyncio.run(story())
+    assert world.platform.peek(PRL) == []
+
+
+@pytest.mark.parametrize("stop_at", ["Reserving", "Releasing", "Training", "Sampling", "Evaluating"])
+def test_a_job_deleted_in_any_phase_leaves_its_ledger_alone(stop_at: str) -> None:
+    world = World()
+
+    async def story() -> None:
+        operator = world.operator()
+        await world.go_on(operator, lambda: world.status.get("phase") == stop_at)
+        await world.platform.delete(FDJ, "research", "job")
+        await world.go_on(operator, lambda: world.found is None)
+        for clinic in ("clinic-a", "clinic-b"):
+            await operator.dataset(clinic, "scans")
+
+    asyncio.run(story())
+    assert [world.platform.peek(kind) for kind in (JOB, POD, CONFIG_MAP, SERVICE)] == [[], [], [], []]
+    world.in_order()
+    assert {entry.phase for entry in world.entries()} <= {"Charged", "Returned"}
+
+
+@pytest.mark.parametrize("stop_at", ["Reserving", "Releasing", "Training", "Sampling", "Evaluating"])
+def test_a_job_suspended_in_any_phase_completes_after_it(stop_at: str) -> None:
+    world = World()
+
+    async def story() -> None:
+        operator = world.operator()
+        await world.go_on(operator, lambda: world.status.get("phase") == stop_at)
+        await world.platform.patch(FDJ, "research", "job", {"spec": {"suspend": True}})
+        for _ in range(10):
+            await world.look(operator)
+            world.platform.live(world.now)
+        assert world.status["phase"] == "Suspended"
+        assert world.platform.peek(POD) == [] or all(
+            each["status"]["phase"] != "Running" for each in world.platform.peek(POD)
+        )
+        await world.platform.patch(FDJ, "research", "job", {"spec": {"suspend": False}})
+        await world.go_on(operator, world.ended)
+
+    asyncio.run(story())
+    assert world.status["phase"] == "Complete"
+    world.in_order()
+    assert len(world.entries()) == 2
+
+
+def test_an_ended_job_is_deleted_when_its_time_has_passed() -> None:
+    world = World(ttlSecondsAfterFinished=100)
+
+    async def story() -> None:
+        operator = world.operator()
+        await world.go_on(operator, world.ended)
+        ended_at = world.now
+        await world.go_on(operator, lambda: world.found is None)
+        assert timedelta(seconds=100) <= world.now - ended_at < timedelta(seconds=110)
+
+    asyncio.run(story())
+    assert [entry.phase for entry in world.entries()] == ["Charged", "Charged"]
+    assert world.platform.peek(JOB) == []
+
+
+class Refusing:
+    """A cluster that refuses to create Jobs in one namespace."""
+
+    def __init__(self, platform: Platform, namespace: str, error: Exception) -> None:
+        self.platform, self.namespace, self.error = platform, namespace, error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.platform, name)
+
+    async def create(self, kind: Any, obj: Object, rehearsal: bool = False) -> Object:
+        if self.error and kind in (JOB, CONFIG_MAP) and obj["metadata"]["namespace"] == self.namespace:
+            raise self.error
+        return await self.platform.create(kind, obj, rehearsal)
+
+
+def test_a_missing_permission_is_waited_for_in_its_own_words() -> None:
+    world = World()
+    refusing = Refusing(world.platform, "clinic-b", Refused("jobs is forbidden: apply the RoleBinding"))
+
+    async def story() -> None:
+        operator = world.operator(refusing)
+        await world.go_on(operator, lambda: "is forbidden" in world.status.get("message", ""))
+        assert world.status["phase"] == "Reserving"
+        assert {entry.phase for entry in world.entries()} == {"Reserved"}, "nothing is spent on what cannot start"
+        refusing.error = None  # type: ignore[assignment]
+        await world.go_on(operator, world.ended)
+
+    asyncio.run(story())
+    one_of_each(world)
+
+
+def test_a_pod_template_that_the_api_server_refuses_ends_the_job_in_its_words() -> None:
+    world = World()
+    refusing = Refusing(world.platform, "clinic-b", Invalid("spec.template.spec.nodeSelector: Invalid value"))
+    asyncio.run(world.go_on(world.operator(refusing), world.ended))
+    assert world.failed()["reason"] == "InvalidPodTemplate"
+    assert "nodeSelector" in world.failed()["message"]
+    assert {entry.phase for entry in world.entries()} == {"Returned"}
+
+
+def test_a_second_release_of_one_client_stops_the_job() -> None:
+    world = World()
+
+    async def story() -> None:
+        operator = world.operator()
+        await world.go_on(operator, lambda: world.status.get("phase") == "Training")
+        entry = next(each for each in world.platform.peek(PRL) if each["spec"]["client"] == "b")
+        world.platform.put(PRL, {**entry, "status": {**entry["status"], "manifestSha256": "f" * 64}})
+        await world.go_on(operator, world.ended)
+
+    asyncio.run(story())
+    assert world.status["phase"] == "Failed"
+    assert "second release" in world.failed()["message"]
+    assert world.recorder.reasons["SecondRelease"]
+
+
+def test_jobs_of_an_earlier_job_of_the_same_name_are_removed() -> None:
+    world = World(lambda pod, child: None)
+
+    async def story() -> None:
+        operator = world.operator()
+        await world.go_on(operator, lambda: len(world.platform.peek(POD)) == 2)
+        world.platform.remove(FDJ, "research", "job")  # somebody took the finalizer away
+        await world.look(operator)
+
+    asyncio.run(story())
+    assert world.platform.peek(JOB) == []

@@ -1,0 +1,139 @@
+"""What people read of a job: nine conditions from the first look, times that mean something, a size that is bounded."""
+
+import json
+from datetime import timedelta
+from typing import Any
+
+from batch_objects import NOW, SHA, UID, batch_job, job, text
+from feddiff_operator.status import ended, expires_at, job_status
+from feddiff_protocol.plan import (
+    CONDITIONS,
+    ClientObserved,
+    Hold,
+    JobPhase,
+    Observed,
+    Reason,
+    StageKey,
+    StageObserved,
+    StagePhase,
+    not_accepted,
+    plan,
+)
+from feddiff_protocol.stages import Receipt, Stage
+
+Object = dict[str, Any]
+LATER = NOW + timedelta(hours=1)
+
+
+def found(clients: str = "ab", status: Object | None = None, **spec: Any) -> Object:
+    """The job as the API server shows it."""
+    document = job(clients, **spec).to_wire()
+    document["metadata"] |= {"uid": UID, "generation": 3}
+    return {**document, "status": status} if status else document
+
+
+def done(stage: Stage, client: str = "") -> tuple[StageKey, StageObserved]:
+    outputs = {"manifest": SHA} if stage is Stage.RELEASE else {}
+    kept = Receipt(stage=stage, job_uid=UID, client=client, attempt=1, outputs=outputs, milliseconds=1)
+    return (stage, client), StageObserved(StagePhase.SUCCEEDED, 1, receipt=kept)
+
+
+def after(before: Object, observed: Observed, at: Any = NOW, **more: Any) -> Object:
+    """The job with the status that a look at it would write."""
+    asked = job("".join(each["name"] for each in before["spec"]["clients"]))
+    decision = plan(asked, observed)
+    return {**before, "status": job_status(before, decision.status, now=at, stages=observed.stages, **more)}
+
+
+def charged(*stages: tuple[StageKey, StageObserved], clients: str = "ab") -> Observed:
+    return Observed({name: ClientObserved(Hold.CHARGED) for name in clients}, dict(stages))
+
+
+def condition(of: Object, kind: str) -> Object:
+    (only,) = [each for each in of["status"]["conditions"] if each["type"] == kind]
+    return dict(only)
+
+
+def test_all_nine_conditions_are_there_from_the_first_look() -> None:
+    status = after(found(), Observed({}))["status"]
+    assert [each["type"] for each in status["conditions"]] == [*CONDITIONS, "Failed"]
+    assert len(status["conditions"]) == 9
+    for each in status["conditions"]:
+        assert each["status"] in ("True", "False") and each["reason"] in set(Reason)
+        assert each["lastTransitionTime"] == text(NOW) and each["observedGeneration"] == 3
+    assert status["startTime"] == text(NOW) and "completionTime" not in status
+
+
+def test_a_job_that_cannot_be_read_has_all_nine_too() -> None:
+    broken = {"metadata": {"name": "x", "generation": 1}, "spec": {"clients": [3], "privacy": "much", "shared": []}}
+    status = job_status(broken, not_accepted(Reason.INVALID_SPEC, "spec.privacy: expected …"), now=NOW)
+    assert [each["type"] for each in status["conditions"]] == [*CONDITIONS, "Failed"]
+    assert (status["phase"], status["message"]) == ("Failed", "spec.privacy: expected …")
+    assert ended({"status": status})
+
+
+def test_a_look_at_which_nothing_happened_changes_nothing() -> None:
+    observed = charged(done(Stage.RELEASE, "a"))
+    first = after(found(), observed)
+    assert after(first, observed, LATER) == first
+
+
+def test_a_condition_keeps_its_time_until_its_truth_changes() -> None:
+    first = after(found(), charged())
+    second = after(first, charged(done(Stage.RELEASE, "a"), done(Stage.RELEASE, "b")), LATER)
+    assert condition(first, "Released")["status"] == "False"
+    assert condition(second, "Released")["lastTransitionTime"] == text(LATER)
+    for kind in ("Accepted", "BudgetReserved", "Complete"):
+        assert condition(second, kind)["lastTransitionTime"] == text(NOW)
+    assert second["status"]["startTime"] == text(NOW)
+
+
+def test_a_job_that_ended_keeps_the_status_it_ended_with() -> None:
+    end = after(found(), charged(done(Stage.REPORT)))
+    assert (end["status"]["phase"], end["status"]["progress"]) == ("Complete", "100 %")
+    assert end["status"]["completionTime"] == text(NOW)
+    assert after(end, Observed({"a": ClientObserved(refusal="gone")}), LATER) == end
+
+
+def test_the_columns_count_clients_ranks_and_stages() -> None:
+    stages = [done(Stage.RELEASE, name) for name in "ab"]
+    shared = batch_job(Stage.TRAIN_SHARED, ready=1)
+    running = ((Stage.TRAIN_SHARED, ""), StageObserved(StagePhase.RUNNING, 1))
+    status = after(found(), charged(*stages, running), jobs=[shared])["status"]
+    assert (status["clientsSummary"], status["trainer"], status["epsilon"]) == ("2/2", "1/2", "10")
+    assert status["progress"] == "20 %", "2 releases of 2 x 4 + 2 stages"
+    assert status["stages"][0] == {"stage": "release", "running": 0, "succeeded": 2, "failed": 0, "stopped": 0}
+    assert status["stages"][1] == {"stage": "train-shared", "running": 1, "succeeded": 0, "failed": 0, "stopped": 0}
+    trained = after(found(), charged(*stages, done(Stage.TRAIN_SHARED)), jobs=[shared])["status"]
+    assert trained["trainer"] == "2/2"
+
+
+def test_when_the_releases_began_is_remembered() -> None:
+    first = after(found(), charged(), releasing_since=NOW)
+    assert first["status"]["releasingSince"] == text(NOW)
+    assert after(first, charged(), LATER)["status"]["releasingSince"] == text(NOW)
+
+
+def test_an_ended_job_expires_its_ttl_after_its_end() -> None:
+    end = after(found(ttlSecondsAfterFinished=60), charged(done(Stage.REPORT)))
+    assert expires_at(end) == NOW + timedelta(seconds=60)
+    assert expires_at(after(found(), charged(done(Stage.REPORT)))) is None
+    assert expires_at(after(found(ttlSecondsAfterFinished=60), charged())) is None
+
+
+def test_a_thousand_clients_fit() -> None:
+    names = [f"clinic-{number:04d}" for number in range(1000)]
+    clients = [{"name": name, "dataset": {"namespace": name, "name": "scans"}} for name in names]
+    asked = job(clients=clients, quorum=1)
+    refused = {name: ClientObserved(refusal="too much " * 200) for name in names[500:]}
+    holds = {name: ClientObserved(Hold.CHARGED) for name in names[:500]} | refused
+    stages = dict(done(Stage.RELEASE, name) for name in names[:500])
+    waiting = tuple("Unschedulable " * 50 for _ in range(1000))
+    decision = plan(asked, Observed(holds, stages, waiting=waiting))
+    before = {"metadata": {"generation": 1}, "spec": asked.to_wire()["spec"]}
+    status = job_status(before, decision.status, now=NOW, stages=stages)
+    assert len(json.dumps(status, ensure_ascii=False).encode()) < 64_000
+    assert (len(status["dropped"]), status["numDropped"], len(status["counted"])) == (20, 500, 500)
+    everybody = plan(asked, Observed({n: ClientObserved(Hold.CHARGED) for n in names}, {}, tuple(names)))
+    assert everybody.status.phase is JobPhase.RELEASING
+    assert len(json.dumps(job_status(before, everybody.status, now=NOW))) < 64_000

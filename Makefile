@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-all test-local check kube crds clean
+.PHONY: demo test test-all test-local check kube crds manifests clean
 
 demo: $(VENV)/.demo
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/digits/demo.sh $(DEMO)
@@ -35,6 +35,10 @@ kube: $(VENV)/.dev
 
 crds: $(VENV)/.dev
 	$(BIN)/python -m feddiff.crds crds
+
+# install.yaml and the chart's table of values, from the chart; after every change of the kinds, too.
+manifests: crds kube
+	$(BIN)/python charts/generate.py $${FEDDIFF_KUBE:-$$HOME/.cache/feddiff/kube}/helm
 
 # PIP_FIND_LINKS passes through: whoever has a +cpu wheel of torch in such a folder gets it.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs a cluster says so (`-m "not cluster"`), what needs a node too (`-m node`), and may take its time."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
-        if "control_plane" in fixtures or "node" in fixtures:
+        if "control_plane" in fixtures or "node" in fixtures or "charts" in item.path.parts:
             item.add_marker(pytest.mark.cluster)
         if "node" in fixtures:
             item.add_marker(pytest.mark.node)

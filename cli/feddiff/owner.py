@@ -54,7 +54,7 @@ NETWORK = """\
 # cluster's network enforces NetworkPolicies: ask.
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata: {{name: feddiff-stages, namespace: {namespace}}}
+metadata: {{name: feddiff-owner-stages, namespace: {namespace}}}
 spec:
   podSelector:
     matchExpressions:

@@ -167,8 +167,15 @@ class Reconciler:
                 dataset = children.dataset(*where) or await self.cluster.get(PDS, *where)
                 found[client.name] = ClientLedger(_parsed(dataset), Hold.CHARGED, "", entry)
         others = [client.name for client in scene.job.spec.clients if client.name not in found]
-        looks = await asyncio.gather(*(self.ledger.look(scene.job, scene.uid, name) for name in others))
+        looks = await asyncio.gather(*(self._look(scene, name) for name in others))
         return found | dict(zip(others, looks, strict=True))
+
+    async def _look(self, scene: "_Scene", client: str) -> ClientLedger:
+        """A ledger that we may not read is as good as none, until its owner lets us: the API server says so."""
+        try:
+            return await self.ledger.look(scene.job, scene.uid, client)
+        except Refused as refusal:
+            return ClientLedger(None, Hold.NONE, str(refusal))
 
     async def _observe(self, scene: "_Scene", ledgers: Mapping[str, ClientLedger]) -> Observed:
         stages: dict[StageKey, StageObserved] = stages_observed(scene.jobs, scene.pods, scene.now)
@@ -400,21 +407,29 @@ class Reconciler:
             return
         uid = found["metadata"]["uid"]
         for client in job.spec.clients:
-            if (await self.ledger.look(job, uid, client.name)).hold is Hold.RESERVED:
-                await self.ledger.give_back(job, uid, client.name)
+            with suppress(Refused):  # who took our rights away can read in the entry that its job is gone
+                if (await self.ledger.look(job, uid, client.name)).hold is Hold.RESERVED:
+                    await self.ledger.give_back(job, uid, client.name)
 
     async def _delete_children(self, found: Object, children: Children) -> bool:
         """Whether there were any left. Read anew, and in every namespace of the job: a watch may be late."""
-        uid = found["metadata"]["uid"]
-        clients = found["spec"].get("clients") or []
-        of_owners = [each["dataset"].get("namespace", "default") for each in clients]
-        left = False
-        for kind in (JOB, CONFIG_MAP, SERVICE):
-            for namespace in sorted({found["metadata"]["namespace"], *of_owners}):
-                for child in await self.cluster.list(kind, namespace, f"{JOB_UID}={uid}"):
-                    left = True
-                    await self.cluster.delete(kind, namespace, child["metadata"]["name"], child["metadata"]["uid"])
-        return left
+        uid, own = found["metadata"]["uid"], found["metadata"]["namespace"]
+        of_owners = [each["dataset"].get("namespace", "default") for each in found["spec"].get("clients") or []]
+        places = [(kind, each) for kind in (JOB, CONFIG_MAP) for each in sorted({own, *of_owners})]
+        left = [await self._delete_in(found, kind, namespace, uid) for kind, namespace in [*places, (SERVICE, own)]]
+        return any(left) or any(not _is_over(each) for each in children.jobs_of(uid))
+
+    async def _delete_in(self, found: Object, kind: Kind, namespace: str, uid: str) -> bool:
+        """The same in one namespace. An owner who has taken our rights away does not hold the job back: what still
+        runs there is seen by the watch."""
+        try:
+            left = await self.cluster.list(kind, namespace, f"{JOB_UID}={uid}")
+            for child in left:
+                await self.cluster.delete(kind, namespace, child["metadata"]["name"], child["metadata"]["uid"])
+        except Refused as refusal:
+            self.recorder.record(found, "CleanUpRefused", str(refusal), warning=True)
+            return False
+        return bool(left)
 
     async def _clean_up(self, found: Object, children: Children) -> float | None:
         """An ended job keeps what cleanPodPolicy says, for as long as ttlSecondsAfterFinished says."""

@@ -66,12 +66,12 @@ class World:
         }
 
     @contextlib.contextmanager
-    def operator(self, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
+    def operator(self, *flags: str, kubeconfig: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
         """The operator's process, ended at the end; its log lies in `folder`."""
         namespaces = [f"--namespace={namespace}" for namespace in (self.research, *self.clinics)]
         command = [sys.executable, "-m", "feddiff_operator", "--trainer-image=trainer:test", "--port=0"]
         lease = [f"--lease-namespace={self.research}", "--lease-seconds=3"]
-        environment = {**os.environ, "KUBECONFIG": str(self.control_plane.kubeconfig)}
+        environment = {**os.environ, "KUBECONFIG": str(kubeconfig or self.control_plane.kubeconfig)}
         with (self.folder / "operator.log").open("ab") as log:
             process = subprocess.Popen([*command, *namespaces, *lease, *flags], env=environment, stderr=log)
         try:

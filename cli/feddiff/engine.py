@@ -32,20 +32,20 @@ from feddiff_protocol.plan import (
     Start,
     Status,
     Stop,
+    durations_of,
     plan,
     releases_that_count,
 )
 from feddiff_protocol.stages import (
     AnyStageSpec,
     BudgetLine,
-    Duration,
     Places,
     ReleaseReference,
     ReportSpec,
     Stage,
-    job_reference,
     owner_stage_spec,
     release_spec,
+    report_spec,
     train_shared_spec,
 )
 
@@ -390,21 +390,17 @@ class _Engine:
         return seen.receipt.outputs["denoiser"] if seen is not None and seen.receipt is not None else ""
 
     def _report_spec(self, releases: tuple[ReleaseReference, ...], attempt: int) -> ReportSpec:
-        dataset = self.job.first_dataset.document.spec
-        return ReportSpec(
-            job=job_reference(self.job.document, self.uid),
-            attempt=attempt,
-            releases=releases,
-            image=dataset.image,
-            classes=dataset.classes,
-            privacy=self.spec.privacy,
-            diffusion=self.spec.diffusion,
-            shared=self.spec.shared,
-            budgets=tuple(self._budget_line(client) for client in self.counted),
-            durations=tuple(self._durations()),
-            command=self.setting.command_line,
-            shared_denoiser_sha256=self._shared_denoiser_sha256(),
-            federation_store=self.folder.federation_store,
+        return report_spec(
+            self.job.document,
+            self.uid,
+            self.job.first_dataset.document,
+            releases,
+            tuple(self._budget_line(client) for client in self.counted),
+            durations_of(self.stages),
+            self.setting.command_line,
+            self._shared_denoiser_sha256(),
+            self.places,
+            attempt,
         )
 
     def _budget_line(self, client: str) -> BudgetLine:
@@ -417,13 +413,6 @@ class _Engine:
             delta=str(state.budget.delta),
             num_releases=state.num_releases,
         )
-
-    def _durations(self) -> list[Duration]:
-        return [
-            Duration(stage=stage, client=client, attempts=seen.attempt, milliseconds=seen.receipt.milliseconds)
-            for (stage, client), seen in self.stages.items()
-            if seen.receipt is not None
-        ]
 
 
 def two_decimals(value: float, rounding: str = "ROUND_HALF_EVEN") -> str:

@@ -32,6 +32,7 @@ from feddiff_protocol.plan import (
     Start,
     Status,
     Stop,
+    durations_of,
     not_accepted,
     plan,
     releases_that_count,
@@ -40,12 +41,10 @@ from feddiff_protocol.promise import promise_of
 from feddiff_protocol.stages import (
     AnyStageSpec,
     BudgetLine,
-    Duration,
-    ReportSpec,
     Stage,
-    job_reference,
     owner_stage_spec,
     release_spec,
+    report_spec,
     train_shared_spec,
 )
 
@@ -365,7 +364,18 @@ class Reconciler:
         shared = observed.stages.get((Stage.TRAIN_SHARED, ""))
         denoiser = shared.receipt.outputs["denoiser"] if shared is not None and shared.receipt is not None else ""
         if start.stage is Stage.REPORT:
-            return _report_spec(scene, observed, ledgers, where.federation_store, denoiser, attempt)
+            return report_spec(
+                job,
+                uid,
+                next(iter(datasets.values())),
+                releases,
+                tuple(_budget_line(client, ledgers[client].dataset) for client in scene.counted),
+                durations_of(observed.stages),
+                f"kubectl apply -f {job.metadata.name}.yaml",
+                denoiser,
+                where,
+                attempt,
+            )
         return owner_stage_spec(start.stage, job, uid, client, datasets[client], releases, denoiser, where, attempt)
 
     # -- the end
@@ -532,33 +542,6 @@ def _under_uid(dataset: PrivateDataset, uid: str) -> PrivateDataset:
     return dataset.model_copy(update={"metadata": dataset.metadata.model_copy(update={"uid": uid})})
 
 
-def _report_spec(
-    scene: _Scene,
-    observed: Observed,
-    ledgers: Mapping[str, ClientLedger],
-    federation_store: str,
-    denoiser: str,
-    attempt: int,
-) -> ReportSpec:
-    job = scene.job
-    dataset = next(ledger.dataset for ledger in ledgers.values() if ledger.dataset is not None).spec
-    return ReportSpec(
-        job=job_reference(job, scene.uid),
-        attempt=attempt,
-        releases=releases_that_count(observed, scene.counted),
-        image=dataset.image,
-        classes=dataset.classes,
-        privacy=job.spec.privacy,
-        diffusion=job.spec.diffusion,
-        shared=job.spec.shared,
-        budgets=tuple(_budget_line(client, ledgers[client].dataset) for client in scene.counted),
-        durations=tuple(_durations(observed)),
-        command=f"kubectl -n {job.metadata.namespace} apply -f {job.metadata.name}.yaml",
-        shared_denoiser_sha256=denoiser,
-        federation_store=federation_store,
-    )
-
-
 def _budget_line(client: str, dataset: PrivateDataset | None) -> BudgetLine:
     assert dataset is not None, "a job whose dataset is gone has lost the client"
     budget = (dataset.status or {}).get("budget") or {}
@@ -570,9 +553,3 @@ def _budget_line(client: str, dataset: PrivateDataset | None) -> BudgetLine:
         delta=str(dataset.spec.budget.delta),
         num_releases=int((dataset.status or {}).get("numReleases", 0)),
     )
-
-
-def _durations(observed: Observed) -> Iterable[Duration]:
-    for (stage, client), seen in observed.stages.items():
-        if seen.receipt is not None:
-            yield Duration(stage=stage, client=client, attempts=seen.attempt, milliseconds=seen.receipt.milliseconds)

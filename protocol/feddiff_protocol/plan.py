@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from .api import FederatedDiffusionJob
 from .errors import FINAL_EXIT_CODES
-from .stages import Receipt, ReleaseReference, Stage
+from .stages import Duration, Receipt, ReleaseReference, Stage
 
 OWNER_STAGES = (Stage.TRAIN_PERSONAL, Stage.SAMPLE, Stage.EVALUATE)
 SHOWN_WORDS = 3  # of what is waited for or tried again; a status is no log
@@ -500,6 +500,15 @@ def releases_that_count(observed: Observed, counted: Sequence[str]) -> tuple[Rel
         assert seen.receipt is not None, "a succeeded release has a receipt"
         references.append(ReleaseReference(client=client, manifest_sha256=seen.receipt.outputs["manifest"]))
     return tuple(references)
+
+
+def durations_of(stages: Mapping[StageKey, StageObserved]) -> tuple[Duration, ...]:
+    """How long every finished stage took by its receipt, for the job report."""
+    return tuple(
+        Duration(stage=stage, client=client, attempts=seen.attempt, milliseconds=seen.receipt.milliseconds)
+        for (stage, client), seen in stages.items()
+        if seen.receipt is not None
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -271,3 +271,33 @@ def owner_stage_spec(
         return SampleSpec(**common, sampling=job.spec.sampling, shared_denoiser_sha256=shared_denoiser_sha256)
     assert stage is Stage.EVALUATE
     return EvaluateSpec(**common, sampling=job.spec.sampling)
+
+
+def report_spec(
+    job: FederatedDiffusionJob,
+    uid: str,
+    dataset: PrivateDataset,
+    releases: tuple[ReleaseReference, ...],
+    budgets: tuple[BudgetLine, ...],
+    durations: tuple[Duration, ...],
+    command: str,
+    shared_denoiser_sha256: str,
+    places: Places,
+    attempt: int,
+) -> ReportSpec:
+    """The job report's spec; `dataset` is any client's, for what all of them share."""
+    return ReportSpec(
+        job=job_reference(job, uid),
+        attempt=attempt,
+        releases=releases,
+        image=dataset.spec.image,
+        classes=dataset.spec.classes,
+        privacy=job.spec.privacy,
+        diffusion=job.spec.diffusion,
+        shared=job.spec.shared,
+        budgets=budgets,
+        durations=durations,
+        command=command,
+        shared_denoiser_sha256=shared_denoiser_sha256,
+        federation_store=places.federation_store,
+    )

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from feddiff_trainer.batches import Batch, Source, clip_mixed, loss_of, mixed, noised_images, pool_draws, records
+from feddiff_trainer.batches import (
+    Batch,
+    Source,
+    clip_mixed,
+    filling_draws,
+    loss_of,
+    mixed,
+    noised_images,
+    pool_draws,
+    records,
+)
 from feddiff_trainer.denoising import ClassGaussian, ambient_loss, denoising_loss
 from feddiff_trainer.network import CLIPPED
 
@@ -20,7 +30,7 @@ def own_records() -> Source:
 
 
 def pool() -> ClassGaussian:
-    return ClassGaussian(torch.tensor([[0.0] * 16, [3.0] * 16]), torch.eye(16).expand(2, 16, 16))
+    return ClassGaussian(torch.tensor([[0.0] * 16, [-0.7] * 16]), 0.2 * torch.eye(16).expand(2, 16, 16))
 
 
 def noised() -> Source:
@@ -59,7 +69,23 @@ def test_draws_have_uniform_classes_and_the_pools_moments() -> None:
     batch = pool_draws(pool(), (1, 4, 4), (SPLIT, HIGHEST))(20_000, generator())
     assert (batch.label_B == 1).float().mean() == pytest.approx(0.5, abs=0.02)
     of_one = batch.y0_BCHW[batch.label_B == 1]
-    assert of_one.mean() == pytest.approx(3.0, abs=0.02) and of_one.std() == pytest.approx(1.0, abs=0.02)
+    assert of_one.mean() == pytest.approx(-0.7, abs=0.01) and of_one.var() == pytest.approx(0.2, abs=0.01)
+    assert of_one.min() == -1 and of_one.max() == 1
+    cut_off = pool().draw(batch.label_B, (1, 4, 4), generator()).clamp(-1, 1)[batch.label_B == 1]
+    assert cut_off.mean() > -0.7 + 0.05  # mutant: the Gaussian itself, cut off
+
+
+def test_draws_fill_classes_by_what_they_are_short_of() -> None:
+    def share_of_one(*counts: int) -> float:
+        source = filling_draws(pool(), (1, 4, 4), (SPLIT, HIGHEST), torch.tensor(counts))
+        return float((source(5000, generator()).label_B == 1).float().mean())
+
+    assert share_of_one(112, 5) == 1  # what is most frequent needs none
+    assert share_of_one(5, 112) == 0
+    assert share_of_one(30, 30) == pytest.approx(0.5, abs=0.03)
+    batch = filling_draws(pool(), (1, 4, 4), (SPLIT, HIGHEST), torch.tensor([112, 5]))(5000, generator())
+    assert batch.sigma_B.min() >= SPLIT and (batch.sigma0_B == 0).all()
+    assert batch.y0_BCHW.mean() == pytest.approx(-0.7, abs=0.01)
 
 
 def test_a_mixture_keeps_its_share_in_every_batch() -> None:

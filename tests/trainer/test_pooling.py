@@ -13,6 +13,7 @@ from feddiff_trainer.pooling import (
     TRACE_FLOOR,
     OwnerSummary,
     PooledMean,
+    exact_summary,
     expected_centre_error,
     on_simplex,
     owner_covariance,
@@ -193,16 +194,71 @@ def test_simplex_projection_by_hand() -> None:
     torch.testing.assert_close(on_simplex(values, 3.0), torch.tensor([2.5, 0.5, 0.0], dtype=torch.float64))
 
 
-def test_classes_known_equally_well_keep_the_weight_asked_for() -> None:
-    own_KDD = torch.stack([COVARIANCE, 3 * COVARIANCE])
-    shrunk_KDD = shrink_to_shared(own_KDD, torch.ones(2, dtype=torch.float64), 0.6)
-    torch.testing.assert_close(shrunk_KDD, 0.6 * own_KDD + 0.4 * 2 * COVARIANCE)
+def test_classes_known_equally_well_keep_the_weight_asked_for_in_an_average_entry() -> None:
+    """By hand: the mean one is diag(3, 1), so entries count 9/4, 3/4 and 1/4 of the average one."""
+    own_KDD = torch.tensor([[[4.0, 0.5], [0.5, 1.0]], [[2.0, -0.5], [-0.5, 1.0]]], dtype=torch.float64)
+    shrunk_KDD = shrink_to_shared(own_KDD, precision(1, 1), 0.6, 1.0, 0.01)
+    large, crossed = 0.6 * 9 / 4, 0.6 * 3 / 4
+    assert shrunk_KDD[0, 0, 0].item() == pytest.approx(3 + large / (large + 0.4))
+    assert shrunk_KDD[0, 0, 1].item() == pytest.approx(0.5 * crossed / (crossed + 0.4))
+    isotropic_KDD = torch.stack([0.5 * torch.eye(2, dtype=torch.float64), 1.5 * torch.eye(2, dtype=torch.float64)])
+    expected_KDD = 0.6 * isotropic_KDD + 0.4 * torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(shrink_to_shared(isotropic_KDD, precision(1, 1), 0.6, 1.0, 0.01), expected_KDD)
+
+
+def precision(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_a_class_rare_everywhere_takes_the_covariance_of_the_others() -> None:
     own_KDD = torch.stack([COVARIANCE, 1e3 * COVARIANCE])
-    shrunk_KDD = shrink_to_shared(own_KDD, torch.tensor([1.0, 1e-9], dtype=torch.float64), 0.5)
-    torch.testing.assert_close(shrunk_KDD, COVARIANCE.expand(2, -1, -1), atol=1e-4, rtol=1e-4)
+    shrunk_KDD = shrink_to_shared(own_KDD, precision(1.0, 1e-9), 0.5, 0.5, 0.001)
+    assert (shrunk_KDD[1] - COVARIANCE).norm() < 1e-3 * COVARIANCE.norm()
+
+
+def test_weights_along_the_axes_beat_one_weight_for_all_entries() -> None:
+    """Classes that differ where they vary, as covariances of few records of one Gaussian, under equal noise."""
+    generator, size = torch.Generator().manual_seed(13), 8
+    root_D = 0.5 ** torch.arange(size, dtype=torch.float64)
+    ours, one_weight = 0.0, 0.0
+    for _ in range(40):
+        x_KND = root_D * torch.randn(10, 6, size, generator=generator, dtype=torch.float64)
+        true_KDD = x_KND.mT @ x_KND / 6
+        noise_KM = 0.2 * torch.randn(10, size * (size + 1) // 2, generator=generator, dtype=torch.float64)
+        own_KDD = true_KDD + torch.stack([unpacked(noise_M, size) for noise_M in noise_KM])
+        shrunk_KDD = shrink_to_shared(own_KDD, torch.ones(10, dtype=torch.float64), 0.5, 1.0, 0.01)
+        ours += float((shrunk_KDD - true_KDD).square().sum())
+        one_weight += float((0.5 * own_KDD + 0.5 * own_KDD.mean(dim=0) - true_KDD).square().sum())
+    assert ours < 0.8 * one_weight
+
+
+def test_own_sums_stand_exact_for_the_release_at_home_and_help_the_classes_that_are_rare_there() -> None:
+    """The owner knows class 0; class 1 is another owner's, of nearly the same covariance, and very noisy."""
+    generator = torch.Generator().manual_seed(14)
+    released, at_home = [], []
+    for _ in range(60):
+        mine = [records(150, generator), records(5, generator)]
+        theirs = [records(5, generator), records(150, generator)]
+        owners = [summary_of(x, 3.0, 6.0, generator) for x in (mine, theirs)]
+        label_N = torch.tensor([0] * 150 + [1] * 5)
+        exact = exact_summary(torch.cat(mine), label_N, owners[0])
+        for found, home in ((released, None), (at_home, {0: exact})):
+            means_KD, covariances_KDD = pool(owners, 0.03, at_home=home)
+            errors = (means_KD[0] - 2 * MEAN + 1).norm(), *(covariances_KDD - 4 * COVARIANCE).norm(dim=(1, 2))
+            found.append([float(error) for error in errors])
+    noisy, better = torch.tensor(released).mean(0), torch.tensor(at_home).mean(0)
+    assert better[0] < 0.7 * noisy[0] and better[1] < 0.5 * noisy[1] and better[2] < 0.9 * noisy[2]
+
+
+def test_exact_sums_of_one_owner_alone_give_the_moments_of_its_records() -> None:
+    generator = torch.Generator().manual_seed(15)
+    x_ND = records(60, generator)
+    noisy = summary_of([x_ND], 3.0, 3.0, generator)
+    exact = exact_summary(x_ND, torch.zeros(60, dtype=torch.long), noisy)
+    means_KD, covariances_KDD = pool([noisy], 0.03, at_home={0: exact})
+    torch.testing.assert_close((means_KD[0] + 1) / 2, x_ND.mean(dim=0))
+    torch.testing.assert_close(covariances_KDD[0] / 4, torch.cov(x_ND.T))
+    assert (pool([noisy], 0.03)[0] - means_KD).norm() > 0.01  # mutant: the release itself
 
 
 def test_packing_keeps_the_frobenius_norm_and_unpacks_to_the_same_bits() -> None:

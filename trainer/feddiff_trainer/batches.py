@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .clipped_gaussian import ClippedGaussian
 from .denoising import ClassGaussian, ambient_loss, log_normal_sigmas, log_uniform_sigmas
 from .network import CLIPPED, UNCLIPPED
 from .training import BatchLoss
@@ -59,13 +60,33 @@ def clip_mixed(source: Source, clip: Callable[[Tensor], Tensor]) -> Source:
 
 
 def pool_draws(pool: ClassGaussian, image_shape: tuple[int, int, int], sigmas: tuple[float, float]) -> Source:
-    """Draws from the pooled Gaussian, classes uniform: public, so everybody may train on as many as they like."""
-    num_classes = len(pool.means_KD)
+    """Images with the pool's mean and covariance, classes uniform: public, so everybody may train on as many as they
+    like."""
+    num_classes, images = len(pool.means_KD), ClippedGaussian(pool)
 
     def draw(count: int, generator: torch.Generator) -> Batch:
         label_B = torch.randint(num_classes, (count,), generator=generator, device=generator.device)
         sigma_B = log_uniform_sigmas(count, *sigmas, generator)
-        return _batch(pool.draw(label_B, image_shape, generator).float(), label_B, 0.0, sigma_B)
+        return _batch(images.draw(label_B, image_shape, generator).float(), label_B, 0.0, sigma_B)
+
+    return draw
+
+
+def filling_draws(
+    pool: ClassGaussian, image_shape: tuple[int, int, int], sigmas: tuple[float, float], counts_K: Tensor
+) -> Source:
+    """Images with the pool's mean and covariance that fill every class up to the owner's most frequent one.
+
+    A class comes by how many records it is short of, all alike where none is: common classes are best learnt from
+    records, and rare ones would be copied from a handful. σ is log-normal as for records, between `sigmas`.
+    """
+    images, missing_K = ClippedGaussian(pool), (counts_K.max() - counts_K).double()
+    weight_K = missing_K if bool(missing_K.any()) else torch.ones_like(missing_K)
+
+    def draw(count: int, generator: torch.Generator) -> Batch:
+        label_B = torch.multinomial(weight_K, count, replacement=True, generator=generator)
+        sigma_B = log_normal_sigmas(count, *sigmas, generator)
+        return _batch(images.draw(label_B, image_shape, generator).float(), label_B, 0.0, sigma_B)
 
     return draw
 

@@ -125,6 +125,10 @@ class ClassGaussian(nn.Module):
         self.register_buffer("eigenvalues_KD", eigenvalues_KD.clamp(min=0))  # rounding leaves -1e-17 for a true 0
         self.register_buffer("eigenvectors_KDD", eigenvectors_KDD)
 
+    @property
+    def covariances_KDD(self) -> Tensor:
+        return (self.eigenvectors_KDD * self.eigenvalues_KD[:, None, :]) @ self.eigenvectors_KDD.mT
+
     def forward(self, y_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Tensor:
         """E[x0 | y_σ] = m + Σ(Σ + σ²I)⁻¹(y_σ - m) (docs/method.md, the shared denoiser), of y's shape and precision."""
         y_BD = y_BCHW.flatten(1).to(self.means_KD.dtype)

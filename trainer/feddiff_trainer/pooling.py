@@ -7,8 +7,9 @@ Shapes: K classes, D values of one image, M = D·(D + 1)/2 packed values of a sy
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from feddiff_protocol.errors import DataInvalid
 
 CENTRED_FROM = 20  # records of a class from which an owner's second moment is about its own noisy mean
 TRACE_FLOOR = 0.01  # smallest total variance of a class, as a share of what the public guess would give
+TINY = 1e-9  # of the mean eigenvalue: at own_weight 1 even an axis without variance keeps its own
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,53 @@ class OwnerSummary:
 
 
 def pool(
-    owners: Sequence[OwnerSummary], variance_guess: float, own_covariance_weight: float = 0.5
+    owners: Sequence[OwnerSummary],
+    variance_guess: float,
+    own_covariance_weight: float = 0.5,
+    *,
+    at_home: dict[int, OwnerSummary] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """means_KD and covariances_KDD of every class, [-1, 1] units, positive semi-definite.
 
     variance_guess τ: a public guess of one pixel's variance; own_covariance_weight: how much of a class's covariance is
-    its own where it is known as well as the other classes'. Raises DataInvalid for a class without records.
+    its own, in an average entry, where it is known as well as the other classes' from the releases. at_home: by
+    position in `owners`, exact sums that stand for that owner's release (see exact_summary); the result is then as
+    private as its records. Raises DataInvalid for a class without records.
     """
     _check_every_class_has_records(owners)
-    pooled = [_pool_class(owners, k, variance_guess) for k in range(len(owners[0].counts_K))]
+    classes = range(len(owners[0].counts_K))
+    released_precision = fmean(_pool_class(owners, k, variance_guess)[2] for k in classes)
+    known = [(at_home or {}).get(position, owner) for position, owner in enumerate(owners)]
+    pooled = [_pool_class(known, k, variance_guess) for k in classes]
     means_KD = torch.stack([mean_D for mean_D, _, _ in pooled])
     own_KDD = torch.stack([covariance_DD for _, covariance_DD, _ in pooled])
     precision_K = torch.tensor([precision for _, _, precision in pooled], dtype=torch.float64)
-    shrunk_KDD = shrink_to_shared(own_KDD, precision_K, own_covariance_weight)
     floor = TRACE_FLOOR * variance_guess * means_KD.shape[1]
+    shrunk_KDD = shrink_to_shared(own_KDD, precision_K, own_covariance_weight, released_precision, floor)
     covariances_KDD = torch.stack([project_keeping_trace(c_DD, floor) for c_DD in shrunk_KDD])
     # A mean of pixels lies in [0, 1]; clipping to a convex set that holds the truth only brings it closer.
     return 2 * means_KD.clamp(0, 1) - 1, 4 * covariances_KDD
+
+
+def exact_summary(x_ND: Tensor, label_N: Tensor, released: OwnerSummary) -> OwnerSummary:
+    """An owner's own sums without clip and noise, in the form of what it released. x_ND: its records in [0, 1].
+
+    For its personal denoiser, which has seen the records anyway. They never leave the owner.
+    """
+    mean_sums, moment_sums = [], []
+    for k in range(len(released.counts_K)):
+        x_nD = x_ND[label_N == k].double()
+        centre_D = x_nD.mean(dim=0) if len(x_nD) >= CENTRED_FROM else torch.full_like(x_ND[0], released.centre)
+        u_nD = x_nD - centre_D.double()
+        mean_sums.append(x_nD.sum(dim=0))
+        moment_sums.append(packed(u_nD.T @ u_nD))
+    return replace(
+        released,
+        mean_sums_KD=torch.stack(mean_sums),
+        moment_sums_KM=torch.stack(moment_sums),
+        mean_std=0.0,
+        moment_std=0.0,
+    )
 
 
 def _check_every_class_has_records(owners: Sequence[OwnerSummary]) -> None:
@@ -140,31 +172,49 @@ def expected_centre_error(mean_D: Tensor, std: float) -> Tensor:
 
     Without the clip it would be std²·I; at a pixel that is always black the clip halves it.
     """
-    low_D, high_D = -mean_D / std, (1 - mean_D) / std
-    below_D, above_D = torch.special.ndtr(low_D), torch.special.ndtr(-high_D)
-    between_D = 1 - below_D - above_D
-    first_D: Tensor = std * (low_D * below_D + high_D * above_D + _pdf(low_D) - _pdf(high_D))
-    middle_D = between_D + low_D * _pdf(low_D) - high_D * _pdf(high_D)
-    second_D: Tensor = std**2 * (low_D.square() * below_D + high_D.square() * above_D + middle_D)
+    if std == 0:  # an owner's own exact sums
+        return torch.zeros(len(mean_D), len(mean_D), dtype=mean_D.dtype)
+    first_D, second_D = clip_error(mean_D, torch.full_like(mean_D, std))
     return torch.outer(first_D, first_D) - first_D.square().diag() + second_D.diag()
 
 
-def _pdf(z_D: Tensor) -> Tensor:
+def clip_error(mean_D: Tensor, std_D: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second moment of clip(y, 0, 1) - mean, for y = mean + std·z: integrals of a normal over three parts."""
+    low_D, high_D = -mean_D / std_D, (1 - mean_D) / std_D
+    below_D, above_D = torch.special.ndtr(low_D), torch.special.ndtr(-high_D)
+    first_D = std_D * (low_D * below_D + high_D * above_D + density(low_D) - density(high_D))
+    middle_D = 1 - below_D - above_D + low_D * density(low_D) - high_D * density(high_D)
+    second_D = std_D**2 * (low_D.square() * below_D + high_D.square() * above_D + middle_D)
+    return first_D, second_D
+
+
+def density(z_D: Tensor) -> Tensor:
     density_D: Tensor = (-z_D.square() / 2).exp() / sqrt(2 * torch.pi)
     return density_D
 
 
-def shrink_to_shared(own_KDD: Tensor, precision_K: Tensor, own_weight: float) -> Tensor:
-    """Each class's covariance averaged with the classes' mean one (docs/method.md).
+def shrink_to_shared(
+    own_KDD: Tensor, precision_K: Tensor, own_weight: float, released_precision: float, floor: float
+) -> Tensor:
+    """Each class's covariance averaged with the classes' mean one, entry by entry, along the mean one's own axes.
 
-    Classes count by precision p, in the mean one and in their own weight: own_weight = B/(B + 1/p̄) fixes how much
-    classes differ, B, at the classes' mean precision p̄; then a class's own weight is B/(B + 1/p). A class known
-    as well as the others gets own_weight, one that is rare everywhere takes the others' covariance.
+    Classes differ from their mean M as covariances of a few records of it would: in M's eigenbasis, entry (i, j) has
+    variance B·λ_i·λ_j over the mean λ_i·λ_j (Wishart). The noise of a release is the same in every basis, so the
+    linear estimate of least error (Wiener) gives a class's own entry the weight b/(b + 1/p) for its precision p and
+    that variance b: along axes where no class varies, what is left is noise, and goes. In M classes count by
+    1/(B + 1/p).
+    own_weight = B/(B + 1/p̄) fixes B at p̄, the classes' mean precision in the releases: a class known as well as that
+    keeps that weight in an average entry, one that is rare everywhere takes the others' covariance.
     """
-    shared_DD = (normalised(precision_K)[:, None, None] * own_KDD).sum(dim=0)
-    relative_K = own_weight * precision_K
-    weight_K11 = (relative_K / (relative_K + (1 - own_weight) * precision_K.mean()))[:, None, None]
-    return weight_K11 * own_KDD + (1 - weight_K11) * shared_DD
+    own_K, others = own_weight * precision_K, (1 - own_weight) * released_precision
+    shared_DD = (normalised(precision_K / (own_K + others))[:, None, None] * own_KDD).sum(dim=0)
+    shared_DD = project_keeping_trace(shared_DD, floor)
+    eigenvalues_D, axes_DD = torch.linalg.eigh(shared_DD)
+    scale_D = (eigenvalues_D / eigenvalues_D.mean()).clamp(min=TINY)
+    relative_KDD = own_K[:, None, None] * torch.outer(scale_D, scale_D)
+    apart_KDD = axes_DD.T @ (own_KDD - shared_DD) @ axes_DD
+    shrunk_KDD: Tensor = shared_DD + axes_DD @ (relative_KDD / (relative_KDD + others) * apart_KDD) @ axes_DD.T
+    return shrunk_KDD
 
 
 def project_keeping_trace(symmetric_DD: Tensor, floor: float) -> Tensor:

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import PrivacySpec, Timeline
+from feddiff_protocol.api import Mechanism, PrivacySpec, Timeline
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainPersonalSpec
 
-from .batches import Source, clip_mixed, loss_of, mixed, records
+from .batches import Source, clip_mixed, filling_draws, loss_of, mixed, records
 from .checkpoints import CheckpointFolder
 from .denoisers import denoiser_bytes
+from .denoising import ClassGaussian
 from .network import Denoiser
+from .pooling import OwnerSummary, exact_summary, pool
 from .records import Records, read_source
 from .stage import report_progress, run_stage
 from .stores import open_store
@@ -27,7 +29,7 @@ from .training import Progress, distributed, train
 
 def body(spec: TrainPersonalSpec) -> dict[str, str]:
     own = read_source(spec.source, spec.image, spec.classes)
-    releases = read_releases(open_store(spec.federation_store), spec, spec.classes.count)
+    releases = read_releases(open_store(spec.federation_store, "federation"), spec, spec.classes.count)
     with distributed() as world:
         denoiser = train(
             initial_denoiser(spec),
@@ -41,7 +43,9 @@ def body(spec: TrainPersonalSpec) -> dict[str, str]:
             on_progress=show_progress,
             checkpoints=CheckpointFolder(Path(spec.checkpoints)),
         )
-    open_store(spec.owner_store).put(layout.personal_denoiser(spec.job.uid, spec.client), denoiser_bytes(denoiser))
+    open_store(spec.owner_store, "owner").put(
+        layout.personal_denoiser(spec.job.uid, spec.client), denoiser_bytes(denoiser)
+    )
     return {}
 
 
@@ -66,8 +70,25 @@ def source_of(
     if spec.personal.release_share == 0 or spec.diffusion.timeline is Timeline.RESTARTED:
         return source
     lowest = spec.personal.release_sigma or promise_of(spec.privacy, spec.diffusion).split_sigma
-    released = from_releases(spec, releases, float(lowest), device)
+    if spec.privacy.mechanism is Mechanism.SUMMARY:
+        pool = personal_pool(spec, own, releases).to(device)
+        counts_K = torch.bincount(label_N, minlength=spec.classes.count).to(device)
+        released = filling_draws(pool, image_shape(spec.image), (float(lowest), sigmas[-1]), counts_K)
+    else:
+        released = from_releases(spec, releases, float(lowest), device)
     return mixed(source, released, float(spec.personal.release_share))
+
+
+def personal_pool(spec: TrainPersonalSpec, own: Records, releases: Releases) -> ClassGaussian:
+    """The pool with the owner's own sums exact in place of its release: as private as its records, it stays here."""
+    summaries = [release for release in releases if isinstance(release, OwnerSummary)]
+    at_home = {
+        position: exact_summary(torch.from_numpy(own[:]), torch.from_numpy(own.labels_N), summaries[position])
+        for position, reference in enumerate(spec.releases)
+        if reference.client == spec.client
+    }
+    variance_guess, own_weight = spec.privacy.variance_guess_or_default, spec.shared.own_covariance_weight
+    return ClassGaussian(*pool(summaries, float(variance_guess), float(own_weight), at_home=at_home))
 
 
 def images_of(own: Records, spec: OwnerStageSpec) -> tuple[Tensor, Tensor]:

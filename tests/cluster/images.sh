@@ -41,16 +41,19 @@ wheels_of() {
   fi
 }
 
-# One image into one archive. $2…: more flags of `buildah bud`.
+# The image of room $1, in an archive.
 build() {
-  local room=$1 image="localhost/feddiff-$1:$version" stamp
+  local room=$1 image="localhost/feddiff-$1:$version" stamp before
   stamp=$(stamp_of "$room")
   if [ -e "$out/$room.tar" ] && [ "$(cat "$out/$room.stamp" 2>/dev/null)" = "$stamp" ]; then return; fi
   echo "building $image" >&2
   rm -rf "$out/$room/new" "$out/$room.tar" "$out/$room.stamp"
   wheels_of "$room"
+  before=$(buildah images -q "$image" 2>/dev/null || true)
   buildah bud -q --isolation chroot --file "$room/Dockerfile" --tag "$image" --build-arg "BASE=$base" \
     --build-arg "VERSION=$version" --build-arg "REVISION=$stamp" $("extra_$room") "$out/$room" >/dev/null
+  # After, not before: what both have in common, torch above all, stays.
+  if [ -n "$before" ] && [ "$before" != "$(buildah images -q "$image")" ]; then buildah rmi "$before" >/dev/null || true; fi
   buildah push -q "$image" "docker-archive:$out/$room.tar:$image"
   echo "$stamp" >"$out/$room.stamp"
 }

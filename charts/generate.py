@@ -55,8 +55,8 @@ def _described(values: str) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def install_manifest(helm: str) -> str:
-    """The chart with its default values as one file for `kubectl apply`, its namespace first."""
-    command = [helm, "template", "feddiff", str(CHART), "--namespace", "feddiff-system", "--skip-tests"]
+    """The chart with its default values as one file for `kubectl apply`, its namespace first; no hooks."""
+    command = [helm, "template", "feddiff", str(CHART), "--namespace", "feddiff-system", "--no-hooks"]
     chart = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     header = "# The chart with its default values, rendered by `make manifests`; do not edit.\n"
     return header + yaml.safe_dump(NAMESPACE, sort_keys=False) + chart

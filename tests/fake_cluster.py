@@ -113,6 +113,9 @@ class FakeCluster:
 
 def _patched(obj: Object, body: "Object | list[Object]") -> Object:
     if isinstance(body, dict):
+        known = body.get("metadata", {}).get("resourceVersion", obj["metadata"]["resourceVersion"])
+        if known != obj["metadata"]["resourceVersion"]:
+            raise Conflict(obj["metadata"]["name"])
         return _merged(obj, body)
     for step in body:
         *path, last = step["path"].strip("/").split("/")

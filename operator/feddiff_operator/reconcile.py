@@ -386,11 +386,7 @@ class Reconciler:
         finalizers = metadata.get("finalizers") or []
         if FINALIZER in finalizers:
             return found
-        patch = [
-            {"op": "test", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},
-            {"op": "add", "path": "/metadata/finalizers", "value": [*finalizers, FINALIZER]},
-        ]
-        return await self.cluster.patch(FDJ, metadata["namespace"], metadata["name"], patch)
+        return await self._set_finalizers(metadata, [*finalizers, FINALIZER])
 
     async def _say_farewell(self, found: Object, children: Children) -> float | None:
         """A deleted job leaves its ledger's entries, and nothing else."""
@@ -401,12 +397,14 @@ class Reconciler:
         await self._give_back_all(found)
         if await self._delete_children(found, children):
             return 1.0  # until every Job is gone; its pods go with it
-        patch = [
-            {"op": "test", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},
-            {"op": "replace", "path": "/metadata/finalizers", "value": [one for one in finalizers if one != FINALIZER]},
-        ]
-        await self.cluster.patch(FDJ, metadata["namespace"], metadata["name"], patch)
+        await self._set_finalizers(metadata, [one for one in finalizers if one != FINALIZER])
         return None
+
+    async def _set_finalizers(self, metadata: Object, finalizers: Sequence[str]) -> Object:
+        """The job with these finalizers. Raises Conflict if it is no longer the version that was read: a merge patch
+        that names a version holds for that one alone."""
+        change = {"metadata": {"resourceVersion": metadata["resourceVersion"], "finalizers": list(finalizers)}}
+        return await self.cluster.patch(FDJ, metadata["namespace"], metadata["name"], change)
 
     async def _give_back_all(self, found: Object) -> None:
         """What is only reserved is returned; what is charged stays charged. A job that was never understood holds

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from cluster.kubernetes import PROGRAMS
+from feddiff_operator.drain import parse_arguments
 from feddiff_operator.settings import Settings, parse_settings
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +79,7 @@ def test_helm_finds_nothing_to_warn_of() -> None:
 
 TOGGLES = {
     "crds.enabled": {"CustomResourceDefinition"},
+    "drain.enabled": {"Job", "NetworkPolicy"},
     "podDisruptionBudget.enabled": {"PodDisruptionBudget"},
     "roles.enabled": {"ClusterRole"},
     "admission.enabled": {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "ConfigMap"},
@@ -256,9 +258,8 @@ def test_values_that_contradict_each_other_are_refused_in_words(settings: list[s
 
 def pods_of(objects: list[Object]) -> dict[str, Object]:
     found = {each["metadata"]["name"]: each["spec"] for each in of_kind(objects, "Pod")}
-    return found | {
-        each["metadata"]["name"]: each["spec"]["template"]["spec"] for each in of_kind(objects, "Deployment")
-    }
+    made = of_kind(objects, "Deployment", "Job")
+    return found | {each["metadata"]["name"]: each["spec"]["template"]["spec"] for each in made}
 
 
 def settings_of(objects: list[Object]) -> Settings:
@@ -273,6 +274,32 @@ def test_the_operator_understands_the_command_line_that_it_gets() -> None:
     settings = settings_of(render(*(f"operator.{each}" for each in changed)))
     numbers = (settings.lease_seconds, settings.workers, settings.api_qps, settings.api_burst)
     assert numbers == (3, 4, 20, 70) and (settings.resync_seconds, settings.liveness_seconds) == (5, 150)
+
+
+def test_the_drain_is_told_the_same_lease_and_namespaces_as_the_operator() -> None:
+    for scope in (CLUSTER, NAMESPACES):
+        objects = render(*scope)
+        (container,) = pods_of(objects)["feddiff-drain"]["containers"]
+        assert container["command"] == ["python3", "-m", "feddiff_operator.drain"]
+        told, operator = parse_arguments(container["args"]), settings_of(objects)
+        assert (told.lease_namespace, told.lease_name) == (operator.lease_namespace, operator.lease_name)
+        assert tuple(told.namespaces) == operator.namespaces
+        job = named(objects, "Job", "feddiff-drain")
+        assert told.timeout_seconds < job["spec"]["activeDeadlineSeconds"] < 300  # helm's own patience
+
+
+def test_what_drains_is_there_only_while_helm_uninstalls() -> None:
+    hooks = {
+        identity(each): each["metadata"]["annotations"].get("helm.sh/hook")
+        for each in render(*CLUSTER)
+        if "helm.sh/hook" in each["metadata"].get("annotations", {})
+    }
+    place = "feddiff-system/feddiff"
+    assert hooks == {
+        f"Job/{place}-drain": "pre-delete",
+        f"NetworkPolicy/{place}-drain": "pre-delete",
+        f"Pod/{place}-test": "test",
+    }
 
 
 def test_a_digest_wins_over_a_tag() -> None:
@@ -305,12 +332,12 @@ def unrestricted(pod: Object) -> list[str]:
     return wrong
 
 
-def test_pods_are_restricted_and_only_the_operator_holds_a_token() -> None:
+def test_pods_are_restricted_and_only_operator_and_drain_hold_a_token() -> None:
     pods = pods_of(render())
-    assert pods.keys() == {"feddiff-operator", "feddiff-test"}
+    assert pods.keys() == {"feddiff-operator", "feddiff-drain", "feddiff-test"}
     for name, pod in pods.items():
         assert unrestricted(pod) == []
-        assert pod["automountServiceAccountToken"] is (name == "feddiff-operator")
+        assert pod["automountServiceAccountToken"] is (name != "feddiff-test")
     assert named(render(), "ServiceAccount", "feddiff-operator")["automountServiceAccountToken"] is False
 
 
@@ -432,5 +459,6 @@ def test_install_yaml_is_the_chart_with_its_defaults() -> None:
     assert generate.INSTALL.read_text() == generate.install_manifest(str(HELM)), "run `make manifests`"
     objects = documents(generate.INSTALL.read_text())
     assert identity(objects[0]) == "Namespace//feddiff-system"
-    tests = {"Pod/feddiff-system/feddiff-test"}
-    assert {identity(each) for each in objects[1:]} == {identity(each) for each in render()} - tests
+    hooks = {f"{each}/feddiff-system/feddiff-drain" for each in ("Job", "NetworkPolicy")}
+    hooks |= {"Pod/feddiff-system/feddiff-test"}
+    assert {identity(each) for each in objects[1:]} == {identity(each) for each in render()} - hooks

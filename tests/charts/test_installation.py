@@ -4,8 +4,12 @@ No node runs here, so the operator's pods stay Pending: what counts is that a re
 """
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +120,27 @@ def policies_hold(cluster: ControlPlane) -> bool:
     return False
 
 
+def uninstall(cluster: ControlPlane) -> None:
+    """`helm uninstall`, with a process here in place of the drain's pod: no node runs it."""
+    with ThreadPoolExecutor(1) as executor:
+        done = executor.submit(cluster.helm, "uninstall", "feddiff", "--namespace", "feddiff-system")
+        wait_until(lambda: done.done() or bool(drains(cluster)))
+        (pod,) = drains(cluster)
+        assert pod["spec"]["serviceAccountName"] == "feddiff-operator"
+        (container,) = pod["spec"]["containers"]
+        user = cluster.user(OPERATOR, ["system:serviceaccounts"])
+        command = [sys.executable, *container["command"][1:], *container["args"]]
+        subprocess.run(command, check=True, env={**os.environ, "KUBECONFIG": str(user)})
+        path = f"/api/v1/namespaces/feddiff-system/pods/{pod['metadata']['name']}/status"
+        ended = {"status": {"phase": "Succeeded"}}
+        assert cluster.request("PATCH", path, ended, "application/merge-patch+json")[0] == 200
+        done.result(timeout=60)
+
+
+def drains(cluster: ControlPlane) -> list[Object]:
+    return [each for each in pods(cluster) if each["metadata"]["labels"]["app.kubernetes.io/component"] == "drain"]
+
+
 def test_what_is_left_after_uninstalling_is_ledger_kinds_and_policies(bare_cluster: ControlPlane) -> None:
     cluster = bare_cluster
     before = objects(cluster)
@@ -138,7 +163,7 @@ def test_what_is_left_after_uninstalling_is_ledger_kinds_and_policies(bare_clust
         cluster, "get", "networkpolicy", "-n", "clinic-a", "feddiff-owner-stages"
     )
 
-    cluster.helm("uninstall", "feddiff", "--namespace", "feddiff-system")
+    uninstall(cluster)
     wait_until(lambda: pods(cluster) == [])
     wait_until(lambda: not any(each.startswith("ReplicaSet.") for each in objects(cluster) - before))
     policies = ("ledger", "definitions", "caps", "images", "operator-jobs")
@@ -162,7 +187,7 @@ def test_what_is_left_after_uninstalling_is_ledger_kinds_and_policies(bare_clust
 def test_a_chart_installed_again_finds_what_it_left(bare_cluster: ControlPlane) -> None:
     bare_cluster.helm("upgrade", "--install", *INSTALL, *OWNERS)
     assert "prl-1" in bare_cluster.kubectl("get", "-n", "clinic-a", "prl", "-o", "name")
-    bare_cluster.helm("uninstall", "feddiff", "--namespace", "feddiff-system")
+    uninstall(bare_cluster)
 
 
 def test_scope_namespaces_installs_with_no_rule_for_the_whole_cluster(bare_cluster: ControlPlane) -> None:
@@ -175,4 +200,4 @@ def test_scope_namespaces_installs_with_no_rule_for_the_whole_cluster(bare_clust
     for place, expected in (("research", True), ("clinic-a", True), ("default", False), ("", False)):
         for group, plural in watched:  # every kind in every namespace that it serves
             assert may(cluster, "watch", group, plural, place) is expected
-    cluster.helm("uninstall", "feddiff", "--namespace", "feddiff-system")
+    uninstall(cluster)

@@ -121,7 +121,7 @@ def stage(name: str, namespace: str, stage_name: str) -> Place:
 def pod_labels(kind: str) -> dict[str, str]:
     """Labels of the chart's own pods, as the chart makes them."""
     (found,) = objects_of(kind)
-    metadata = found["spec"]["template"]["metadata"] if kind == "Deployment" else found["metadata"]
+    metadata = found["metadata"] if kind == "Pod" else found["spec"]["template"]["metadata"]
     labels: dict[str, str] = metadata["labels"]
     return labels
 
@@ -129,6 +129,7 @@ def pod_labels(kind: str) -> dict[str, str]:
 def places() -> list[Place]:
     return [
         Place("operator", "feddiff-system", pod_labels("Deployment")),
+        Place("drain", "feddiff-system", pod_labels("Job")),
         Place("helm-test", "feddiff-system", pod_labels("Pod")),
         *(stage(f"{each}-a", "clinic-a", each) for each in ("release", "train-personal", "sample", "evaluate")),
         stage("release-b", "clinic-b", "release"),
@@ -147,14 +148,14 @@ def places() -> list[Place]:
 
 PORTS = [(53, "UDP"), (53, "TCP"), (443, "TCP"), (6443, "TCP"), (8080, "TCP"), (8333, "TCP"), (29500, "TCP")]
 STAGES = {"release-a", "train-personal-a", "sample-a", "evaluate-a", "release-b", "rank-0", "rank-1", "report"}
-GUARDED = STAGES | {"operator"}  # pods that some policy isolates
+GUARDED = STAGES | {"operator", "drain"}  # pods that some policy isolates
 
 
 def expected() -> set[tuple[str, str, int]]:
     """Every connection from or to a pod of ours that shall be possible."""
     allowed = {(each, "store", 8333) for each in STAGES}
     allowed |= {(each, "dns", 53) for each in GUARDED}
-    allowed |= {("operator", "api-server", 6443)}
+    allowed |= {(each, "api-server", 6443) for each in ("operator", "drain")}
     allowed |= {(each, "operator", 8080) for each in ("helm-test", "prometheus")}
     ranks = [("rank-0", "rank-1"), ("rank-1", "rank-0")]
     return allowed | {(*pair, port) for pair in ranks for port, _ in PORTS}

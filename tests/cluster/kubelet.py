@@ -6,7 +6,8 @@ Without a scheduler pods belong to no node, so they vanish as soon as they are d
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,20 +20,25 @@ OUTPUTS = {Stage.RELEASE: "manifest", Stage.TRAIN_SHARED: "denoiser", Stage.REPO
 
 
 class Kubelet:
-    """Every pod runs, and ends as `outcome(pod, spec)` says: an exit code, None to go on running."""
+    """Every pod in these namespaces (all unless said) runs, and ends as `outcome(pod, spec)` says: an exit code, None
+    to go on running."""
 
-    def __init__(self, cluster: Cluster, outcome: Callable[[Object, Object], int | None] | None = None) -> None:
-        self.cluster, self.outcome = cluster, outcome or (lambda pod, spec: 0)
+    def __init__(
+        self,
+        cluster: Cluster,
+        outcome: Callable[[Object, Object], int | None] | None = None,
+        namespaces: Iterable[str | None] = (None,),
+    ) -> None:
+        self.cluster, self.outcome, self.namespaces = cluster, outcome or (lambda pod, spec: 0), tuple(namespaces)
         self.specs: dict[str, list[Object]] = defaultdict(list)  # what stages were told, by stage and client
         self._done: set[tuple[str, str]] = set()
 
     async def run(self) -> None:
         while True:
-            for pod in await self.cluster.list(POD, None, "feddiff.dev/job-uid"):
-                try:
-                    await self._look_at(pod)
-                except Conflict:
-                    continue  # deleted meanwhile
+            for namespace in self.namespaces:
+                for pod in await self.cluster.list(POD, namespace, "feddiff.dev/job-uid"):
+                    with suppress(Conflict):  # deleted meanwhile
+                        await self._look_at(pod)
             await asyncio.sleep(0.05)
 
     async def _look_at(self, pod: Object) -> None:

@@ -85,7 +85,7 @@ class World:
     async def kubelet(self, outcome: Callable[[Object, Object], int | None] | None = None) -> AsyncIterator[Kubelet]:
         """A connection to the API server with a kubelet that answers for every pod."""
         async with self.cluster() as cluster:
-            kubelet = Kubelet(cluster, outcome)
+            kubelet = Kubelet(cluster, outcome, (self.research, *self.clinics))
             task = asyncio.create_task(kubelet.run())
             try:
                 yield kubelet

@@ -12,11 +12,10 @@ from feddiff_protocol.stages import (
     AnyStageSpec,
     Receipt,
     ReleaseReference,
-    ReportSpec,
     Stage,
-    job_reference,
     owner_stage_spec,
     release_spec,
+    report_spec,
     train_shared_spec,
 )
 
@@ -82,20 +81,7 @@ def stage_spec(
     if stage is Stage.TRAIN_SHARED:
         return train_shared_spec(asked, UID, first, releases, where, attempt)
     if stage is Stage.REPORT:
-        return ReportSpec(
-            job=job_reference(asked, UID),
-            attempt=attempt,
-            releases=releases,
-            image=first.spec.image,
-            classes=first.spec.classes,
-            privacy=asked.spec.privacy,
-            diffusion=asked.spec.diffusion,
-            shared=asked.spec.shared,
-            budgets=(),
-            durations=(),
-            shared_denoiser_sha256=SHA,
-            federation_store=where.federation_store,
-        )
+        return report_spec(asked, UID, first, releases, (), (), "", SHA, where, attempt)
     return owner_stage_spec(stage, asked, UID, client, first, releases, SHA, where, attempt)
 
 

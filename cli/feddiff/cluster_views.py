@@ -23,7 +23,7 @@ from feddiff_protocol.plan import Reason
 from feddiff_protocol.promise import promise_of
 from feddiff_protocol.stages import Stage
 
-from .plan_report import decimal_text
+from .views import entry_document
 
 Object = dict[str, Any]
 
@@ -618,7 +618,7 @@ def budget_document(books: Books) -> Object:
         "composedEpsilon": composed,
         "contradiction": contradiction,
         "steady": books.steady,
-        "entries": None if entries is None else [_entry_document(entry) for entry in entries],
+        "entries": None if entries is None else [entry_document(entry) for entry in entries],
     }
 
 
@@ -667,23 +667,6 @@ def _differs(books: Books, composed: str) -> str:
         return ""
     total = Decimal(said["spent"]) + Decimal(said["reserved"])
     return "" if total == Decimal(composed) else f"the status counts ε = {total.normalize():f}, the ledger {composed}"
-
-
-def _entry_document(entry: Entry) -> Object:
-    return {
-        "name": entry.name,
-        "job": {"namespace": entry.job_namespace, "name": entry.job_name, "uid": entry.job_uid},
-        "client": entry.client,
-        "mechanism": entry.mechanism,
-        "unit": entry.unit,
-        "epsilon": str(entry.epsilon),
-        "delta": decimal_text(entry.delta),
-        "muSquared": str(entry.charge.mu_squared),
-        "pureEpsilon": str(entry.charge.pure_epsilon),
-        "reservedAt": entry.reserved_at,
-        "phase": entry.phase.value,
-        "manifestSha256": entry.manifest_sha256,
-    }
 
 
 def print_budgets(documents: Sequence[Object], console: Console) -> None:

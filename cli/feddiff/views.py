@@ -32,11 +32,12 @@ def ledger_document(dataset: LocalDataset) -> dict[str, Any]:
         "budget": budget_document(state, ()),
         "releases": state.num_releases,
         "contradiction": ledger.inconsistency(state.account, state.entries) or "",
-        "entries": [_entry_document(entry) for entry in state.entries],
+        "entries": [entry_document(entry) for entry in state.entries],
     }
 
 
-def _entry_document(entry: Entry) -> dict[str, Any]:
+def entry_document(entry: Entry) -> dict[str, Any]:
+    """One entry of a ledger as `--json` prints it, wherever the ledger lies."""
     return {
         "name": entry.name,
         "job": {"namespace": entry.job_namespace, "name": entry.job_name, "uid": entry.job_uid},

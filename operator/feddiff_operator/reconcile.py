@@ -229,8 +229,7 @@ class Reconciler:
         """Seconds to wait for the end of attempts that had to be stopped; None when all are in time."""
         late = overdue(scene.job, scene.jobs, scene.pods, scene.now)
         for each in late:
-            change = {"metadata": {"annotations": each.annotations}, "spec": {"suspend": True}}
-            await self.cluster.patch(JOB, each.namespace, each.name, change)
+            await self._suspend(each.namespace, each.name, each.annotations)
             self.recorder.record(scene.found, each.reason.value, f"{each.name} {each.message}", warning=True)
         return ASK_AGAIN_SECONDS if late else None
 
@@ -303,14 +302,18 @@ class Reconciler:
         return True
 
     async def _stop(self, scene: "_Scene", action: Stop) -> None:
-        """Every attempt of the stage is suspended: the Job controller sends SIGTERM, and the Job stays as a record."""
+        """Every attempt of the stage is suspended."""
         if scene.job.spec.clean_pod_policy == "None" and not scene.job.spec.suspend and scene.counted:
             return
         for child in scene.running(action.stage, action.client):
             metadata = child["metadata"]
             reason = "Suspended" if scene.job.spec.suspend else "NotNeeded"
-            change = {"metadata": {"annotations": {STOPPED: reason}}, "spec": {"suspend": True}}
-            await self.cluster.patch(JOB, metadata["namespace"], metadata["name"], change)
+            await self._suspend(metadata["namespace"], metadata["name"], {STOPPED: reason})
+
+    async def _suspend(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None:
+        """The batch Job says why it was stopped: its controller sends SIGTERM, and it stays as a record."""
+        change = {"metadata": {"annotations": dict(annotations)}, "spec": {"suspend": True}}
+        await self.cluster.patch(JOB, namespace, name, change)
 
     async def _start(
         self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]
@@ -450,8 +453,8 @@ class Reconciler:
         elif policy == "Running":
             for child in children.jobs_of(uid):
                 if not _is_over(child):
-                    change = {"metadata": {"annotations": {STOPPED: "NotNeeded"}}, "spec": {"suspend": True}}
-                    await self.cluster.patch(JOB, child["metadata"]["namespace"], child["metadata"]["name"], change)
+                    metadata = child["metadata"]
+                    await self._suspend(metadata["namespace"], metadata["name"], {STOPPED: "NotNeeded"})
         return await self._expire(found)
 
     async def _expire(self, found: Object) -> float | None:

@@ -1,6 +1,6 @@
 """What each arm gains on digits: five seeds, three owners, every arm with equal network, image-steps and sampler.
 
-    python benchmarks/digits_quality.py OUT.jsonl [--seeds 0 1 2 3 4] [--images 250000]
+    python benchmarks/digits_quality.py OUT.jsonl [--seeds 5 6 7 8 9] [--images 250000]
 
 Each seed splits scikit-learn's digits anew (112 scans of a class at one owner, 5 at each of the other two, the rest
 held out), draws its own releases from the operating system's entropy, trains and samples. One row per seed, owner and
@@ -48,7 +48,7 @@ SUMMARY = PrivacySpec.model_validate({"mechanism": "summary", "momentClipNorm": 
 GAUSSIAN = PrivacySpec.model_validate({"mechanism": "gaussian", **COMMON})
 FILLING_SHARE = 0.57  # draws fill six classes of 5 up to 112, beside 478 records
 GAUSSIAN_SHARE = 1 / 3
-SAMPLING = SamplingSpec(images_per_class=PER_CLASS, steps=20)
+SAMPLING = SamplingSpec(images_per_class=PER_CLASS, steps=50, sampler="ddpm")  # chosen on seed 2, for every arm
 
 
 class Seed:
@@ -311,7 +311,7 @@ def table(out: Path) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7, 8, 9])  # seeds 0 to 4 served to choose settings
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--images", type=int, default=250_000, help="image-steps of every training")
     parser.add_argument("--split", default="2", help="σ of the hand-over for summary and oracle")

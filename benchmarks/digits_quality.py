@@ -311,7 +311,9 @@ def table(out: Path) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7, 8, 9])  # seeds 0 to 4 served to choose settings
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[5, 6, 7, 8, 9], help="0 to 4 served to choose settings"
+    )
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--images", type=int, default=250_000, help="image-steps of every training")
     parser.add_argument("--split", default="2", help="σ of the hand-over for summary and oracle")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import typer
 
-from feddiff import cluster_views
+from feddiff import cluster_budgets, cluster_jobs
 from feddiff import main as command
 from feddiff.documents import LocalJob, load_documents, load_job
 from feddiff.local_ledger import LocalLedger, read_ledger
@@ -162,12 +162,12 @@ def test_keys_of_a_cluster_are_on_the_page() -> None:
     job = {"metadata": metadata, "spec": {"clients": clients, "privacy": {"epsilon": "1"}}, "status": status}
     labels = {"feddiff.dev/stage": "release", "feddiff.dev/client": "a", "feddiff.dev/attempt": "1"}
     batch = {"metadata": {**metadata, "labels": labels}, "spec": {}}
-    unreadable = (cluster_views.Unreadable("c", "privatedatasets", "ask"),)
-    reference = cluster_views.JobReference("n", "j", "u")
-    scene = cluster_views.Scene(reference, job, attempts=[batch], unreadable=unreadable)
-    assert missing_keys("status", cluster_views.jobs_document([job]), CLI) == set()
-    assert missing_keys("status", cluster_views.job_document(job), CLI, frozenset({"dropped"})) == set()
-    why = cluster_views.why_document(scene)
+    unreadable = (cluster_jobs.Unreadable("c", "privatedatasets", "ask"),)
+    reference = cluster_jobs.JobReference("n", "j", "u")
+    scene = cluster_jobs.Scene(reference, job, attempts=[batch], unreadable=unreadable)
+    assert missing_keys("status", cluster_jobs.jobs_document([job]), CLI) == set()
+    assert missing_keys("status", cluster_jobs.job_document(job), CLI, frozenset({"dropped"})) == set()
+    why = cluster_jobs.why_document(scene)
     assert all(why[name] for name in ("clients", "attempts", "unreadable", "next"))
     assert missing_keys("why", why, CLI) == set()
     assert missing_keys("why", why, CLI.replace("`takesPart`", "`partakes`")) == {"takesPart"}
@@ -181,7 +181,7 @@ def test_keys_of_a_clusters_budget_are_on_the_page(job: LocalJob) -> None:
         "metadata": {"namespace": "n", "name": "d", "uid": "u"},
         "spec": {"budget": {"epsilon": "20", "delta": "1e-5"}},
     }
-    document = cluster_views.budget_document(cluster_views.Books(dataset, [release]))
+    document = cluster_budgets.budget_document(cluster_budgets.Books(dataset, [release]))
     assert document["entries"]
     assert missing_keys("budget", {"datasets": [document]}, CLI) == set()
 

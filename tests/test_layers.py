@@ -29,7 +29,7 @@ def test_every_import_contract_is_kept() -> None:
         "import feddiff.main",
         "import feddiff.main, sys; sys.argv = ['feddiff', '--help']\ntry: feddiff.main.main()\nexcept SystemExit: pass",
         "import feddiff.engine, feddiff.views, feddiff.plan_report, feddiff.owner_stages, feddiff.progress",
-        "import feddiff.on_cluster, feddiff.cluster_views, feddiff.owner",
+        "import feddiff.on_cluster, feddiff.cluster_jobs, feddiff.cluster_budgets, feddiff.owner",
     ],
 )
 def test_the_command_line_loads_neither_torch_nor_numpy(statement: str) -> None:

@@ -5,7 +5,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +13,13 @@ import typer
 
 from feddiff_protocol.errors import ConfigurationInvalid, FeddiffError, InputMissing, UsageInvalid
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from . import cluster_commands
+from .answers import AsJson, console, print_json, quoted, say_next
+from .cluster_commands import Place, at_place
 
+if TYPE_CHECKING:
     from .documents import LocalDataset
     from .engine import Outcome
-    from .on_cluster import Cluster
 
 USAGE, OUR_BUG, OUTPUT_FAILED, INTERRUPTED, PRIVACY_REFUSED = 64, 1, 73, 75, 77
 
@@ -47,15 +47,6 @@ Files = Annotated[
     typer.Argument(metavar="FILE...", help="YAML files that together hold the datasets and exactly one job."),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of text.")]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="A job on the cluster: NAME, or NAMESPACE/NAME.")]
-Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", metavar="NS", help="Namespace; the kubeconfig's unless given.")
-]
-Context = Annotated[str | None, typer.Option("--context", metavar="NAME", help="Context of the kubeconfig.")]
-Kubeconfig = Annotated[
-    Path | None, typer.Option("--kubeconfig", metavar="FILE", help="Kubeconfig; KUBECONFIG or ~/.kube/config.")
-]
 KUBECTL_PLUGIN = "kubectl feddiff"
 
 
@@ -120,7 +111,7 @@ def init(
 
     for path in write_scaffold(folder, owners):
         print(f"wrote {path}")
-    _next(f"put the records in place, then: feddiff check {_quoted(folder / 'job.yaml')}")
+    say_next(f"put the records in place, then: feddiff check {quoted(folder / 'job.yaml')}")
 
 
 @app.command(short_help="For a data owner: hold the records against their description.")
@@ -132,8 +123,6 @@ def check(
 
     The answer depends on the records. Keep it.
     """
-    import json
-
     from .documents import load_documents
     from .owner_stages import check_records
 
@@ -144,14 +133,14 @@ def check(
     answers = {dataset.key: check_records(dataset, job) for dataset in documents.datasets}
     private = "PRIVATE: for the owner of these records only; it was computed from them without noise"
     if as_json:
-        print(json.dumps({"notice": private, "datasets": answers}, ensure_ascii=False))
+        print_json({"notice": private, "datasets": answers})
         return
     print(private)
     from .owner_stages import check_lines
 
     for key, answer in answers.items():
         print("\n".join(["", key, *(f"  {line}" for line in check_lines(answer))]))
-    _next(f"feddiff plan {_quoted(file)}")
+    say_next(f"feddiff plan {quoted(file)}")
 
 
 @app.command(short_help="What a job would promise, and what it would cost.")
@@ -160,24 +149,22 @@ def plan(files: Files, as_json: AsJson = False) -> None:
 
     Ends with 77 when a budget or an owner's access rules do not admit it.
     """
-    import json
-
     from .documents import load_job
     from .plan_report import plan_clients, plan_document, print_plan
 
     job = load_job(files)
     clients = plan_clients(job)
     if as_json:
-        print(json.dumps(plan_document(job, clients), ensure_ascii=False))
+        print_json(plan_document(job, clients))
     else:
-        print_plan(job, clients, _console())
+        print_plan(job, clients, console())
     refused = [each for each in clients if each.refusal]
     for each in refused:
         print(f"feddiff: client {each.client}: {each.refusal}", file=sys.stderr)
     if refused:
         raise typer.Exit(PRIVACY_REFUSED)
     if not as_json:
-        _next(f"feddiff run {' '.join(map(_quoted, files))}")
+        say_next(f"feddiff run {' '.join(map(quoted, files))}")
 
 
 @app.command()
@@ -251,22 +238,21 @@ def _tell_outcome(outcome: "Outcome", folder: Path, files: list[Path], as_json: 
             print(f"feddiff: its words are in {outcome.log}", file=sys.stderr)
         raise typer.Exit(outcome.exit_code)
     if not as_json:
-        print_reports(RunFolder(folder), _console())
-        _next(f"feddiff ledger {' '.join(map(_quoted, files[:1]))}; feddiff report {_quoted(folder)}")
+        print_reports(RunFolder(folder), console())
+        say_next(f"feddiff ledger {' '.join(map(quoted, files[:1]))}; feddiff report {quoted(folder)}")
 
 
 @app.command(short_help="Where a run stands, in a folder or on a cluster.")
+@at_place
 def status(
-    context: typer.Context,
+    called: typer.Context,
+    place: Place,
     name: Annotated[
         str | None, typer.Argument(metavar="DIR|JOB", help="The folder of a run, or a job on the cluster.")
     ] = None,
-    namespace: Namespace = None,
     all_namespaces: Annotated[
         bool, typer.Option("--all-namespaces", "-A", help="The jobs of every namespace.")
     ] = False,
-    context_name: Context = None,
-    kubeconfig: Kubeconfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Where a run stands: in a folder, DIR, or on a cluster.
@@ -274,13 +260,12 @@ def status(
     A cluster is meant when one of --namespace, --all-namespaces, --context and --kubeconfig is given, when there is
     no argument, and always as `kubectl feddiff`. Otherwise the argument is a folder.
     """
-    said = namespace or all_namespaces or context_name or kubeconfig
-    place, plugin = _Place(namespace, context_name, kubeconfig), context.find_root().info_name == KUBECTL_PLUGIN
+    said, plugin = place.said or all_namespaces, called.find_root().info_name == KUBECTL_PLUGIN
     if name is not None and not said and not plugin:
         _folder_status(name, as_json)
         return
     try:
-        _cluster_status(place, name, all_namespaces, as_json)
+        cluster_commands.cluster_status(place, name, all_namespaces, as_json)
     except ConfigurationInvalid as error:
         if said or plugin:
             raise
@@ -288,8 +273,6 @@ def status(
 
 
 def _folder_status(name: str, as_json: bool) -> None:
-    import json
-
     from .run_folder import RunFolder
     from .views import print_run, run_document
 
@@ -298,143 +281,16 @@ def _folder_status(name: str, as_json: bool) -> None:
     except InputMissing as error:
         raise InputMissing(f"{error}\na job on a cluster: feddiff status {shlex.quote(name)} -n NAMESPACE") from None
     if as_json:
-        print(json.dumps(document, ensure_ascii=False))
+        print_json(document)
         return
-    print_run(document, _console())
+    print_run(document, console())
     if document["phase"] == "Complete":
-        _next(f"feddiff report {shlex.quote(name)}")
+        say_next(f"feddiff report {shlex.quote(name)}")
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A cluster and namespace as the user named them."""
-
-    namespace: str | None
-    context: str | None
-    kubeconfig: Path | None
-
-    def connect(self) -> "Cluster":
-        from .on_cluster import connect
-
-        return connect(self.kubeconfig, self.context, self.namespace)
-
-    def command(self, *words: str) -> str:
-        """A command line for the same cluster and namespace."""
-        named = {"--kubeconfig": self.kubeconfig, "--context": self.context, "-n": self.namespace}
-        options = [word for option, value in named.items() if value for word in (option, str(value))]
-        return shlex.join(["feddiff", *words, *options])
-
-
-def _cluster_status(place: _Place, name: str | None, all_namespaces: bool, as_json: bool) -> None:
-    from datetime import UTC, datetime
-
-    from .cluster_views import job_document, jobs_document, print_job, print_jobs
-    from .on_cluster import JOBS, read_job
-
-    if all_namespaces and (name or place.namespace):
-        raise UsageInvalid("--all-namespaces goes with neither a job nor --namespace; leave one out")
-    now = datetime.now(UTC)
-    with place.connect() as cluster:
-        if name is None:
-            document = jobs_document(cluster.list(JOBS, None if all_namespaces else cluster.namespace))
-        else:
-            document = job_document(read_job(cluster, name))
-    if _printed_as_json(as_json, document):
-        return
-    if name is None:
-        _say_where(cluster, all_namespaces)
-        print_jobs(document, _console(), now)
-    else:
-        print_job(document, _console(), now)
-        _next(place.command("why", name))
-
-
-def _printed_as_json(wanted: bool, document: Any) -> bool:
-    """Whether the document was wanted as JSON, and so printed."""
-    import json
-
-    if wanted:
-        print(json.dumps(document, ensure_ascii=False))
-    return wanted
-
-
-def _say_where(cluster: "Cluster", all_namespaces: bool = False) -> None:
-    print(f"context {cluster.context}, {'all namespaces' if all_namespaces else f'namespace {cluster.namespace}'}")
-
-
-@app.command(short_help="On a cluster: why a job waits or failed, and who can mend it.")
-def why(
-    job: Job,
-    namespace: Namespace = None,
-    context_name: Context = None,
-    kubeconfig: Kubeconfig = None,
-    as_json: AsJson = False,
-) -> None:
-    """On a cluster: why a job waits or failed, in words, and who has to do what."""
-    from .cluster_views import print_why, why_document
-    from .on_cluster import read_scene
-
-    place = _Place(namespace, context_name, kubeconfig)
-    with place.connect() as cluster:
-        document = why_document(read_scene(cluster, job))
-    if _printed_as_json(as_json, document):
-        return
-    print_why(document, _console())
-    failed = [each for each in document["attempts"] if each["phase"] == "Failed"]
-    if failed:
-        client = ["--client", failed[0]["client"]] if failed[0]["client"] else []
-        _next(place.command("logs", job, *client, "--stage", failed[0]["stage"]))
-
-
-@app.command(short_help="On a cluster: what a dataset's releases have cost.")
-def budget(
-    dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help="One dataset, with its entries.")] = None,
-    namespace: Namespace = None,
-    context_name: Context = None,
-    kubeconfig: Kubeconfig = None,
-    as_json: AsJson = False,
-) -> None:
-    """On a cluster: limit, spent, reserved and remaining ε of the datasets, checked against the ledger's entries."""
-    from .cluster_views import budget_document, print_budgets, print_entries
-    from .on_cluster import read_books
-
-    place = _Place(namespace, context_name, kubeconfig)
-    with place.connect() as cluster:
-        documents = [budget_document(books) for books in read_books(cluster, dataset)]
-    if _printed_as_json(as_json, {"datasets": documents}):
-        return
-    _say_where(cluster)
-    print_budgets(documents, _console())
-    if dataset is not None:
-        print_entries(documents[0], _console())
-    elif documents:
-        _next(place.command("budget", documents[0]["dataset"].partition("/")[2]))
-
-
-@app.command(short_help="On a cluster: the log of a job's stage.")
-def logs(
-    job: Job,
-    client: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Whose stages; else those of the whole job.")
-    ] = None,
-    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="Which stage; the newest unless given.")] = None,
-    namespace: Namespace = None,
-    context_name: Context = None,
-    kubeconfig: Kubeconfig = None,
-    as_json: AsJson = False,
-) -> None:
-    """On a cluster: the log of a stage's newest attempt. An owner's stages are for that owner to read."""
-    from .on_cluster import read_logs
-
-    with _Place(namespace, context_name, kubeconfig).connect() as cluster:
-        pods = read_logs(cluster, job, client, stage)
-    if _printed_as_json(as_json, {"pods": pods}):
-        return
-    for pod in pods:
-        if len(pods) > 1:
-            print(f"==> {pod['pod']} <==")
-        for line in pod["lines"]:
-            print(line)
+app.command(short_help="On a cluster: why a job waits or failed, and who can mend it.")(cluster_commands.why)
+app.command(short_help="On a cluster: what a dataset's releases have cost.")(cluster_commands.budget)
+app.command(short_help="On a cluster: the log of a job's stage.")(cluster_commands.logs)
 
 
 @owner.command("init", short_help="YAML that lets the operator in, and a dataset to fill in.")
@@ -463,8 +319,8 @@ def report(folder: RunDir) -> None:
     from .run_folder import RunFolder
     from .views import print_reports
 
-    print_reports(RunFolder(folder), _console())
-    _next(f"feddiff sample {_quoted(folder)} --client NAME --images-per-class 1000 --out samples.npz")
+    print_reports(RunFolder(folder), console())
+    say_next(f"feddiff sample {quoted(folder)} --client NAME --images-per-class 1000 --out samples.npz")
 
 
 @app.command(short_help="Every release, what they add up to, what remains.")
@@ -473,16 +329,14 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """Every release of the datasets, what they add up to, and what remains."""
-    import json
-
     from .views import ledger_document, print_ledgers
 
     datasets = _datasets(where)
     if as_json:
-        print(json.dumps({"datasets": [ledger_document(dataset) for dataset in datasets]}, ensure_ascii=False))
+        print_json({"datasets": [ledger_document(dataset) for dataset in datasets]})
         return
-    print_ledgers(datasets, _console())
-    _next("feddiff plan FILE... (what one more job would cost)")
+    print_ledgers(datasets, console())
+    say_next("feddiff plan FILE... (what one more job would cost)")
 
 
 def _datasets(where: Path) -> "list[LocalDataset]":
@@ -510,21 +364,6 @@ def sample(
 
     draw_samples(RunFolder(folder), client, images_per_class, out)
     print(f"wrote {out}: not private, for the owner of client {client} only")
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
-
-
-def _next(command: str) -> None:
-    print(f"\nnext: {command}")
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
 
 
 if __name__ == "__main__":

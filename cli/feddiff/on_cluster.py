@@ -12,14 +12,14 @@ from urllib.parse import quote
 
 from feddiff_protocol.errors import ConfigurationInvalid, FeddiffError, InputMissing, UsageInvalid
 
-from .cluster_views import (
+from .cluster_budgets import Books
+from .cluster_jobs import (
     CLIENT,
     JOB_NAME,
     JOB_NAMESPACE,
     JOB_UID,
     SHARED_STAGES,
     STAGE,
-    Books,
     JobReference,
     Object,
     Scene,

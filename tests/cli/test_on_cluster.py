@@ -729,12 +729,12 @@ def test_nothing_is_ever_written(
 
 
 def test_the_words_on_children_are_the_operators_own() -> None:
-    from feddiff import cluster_views
+    from feddiff import cluster_jobs
 
     for name in ("JOB_UID", "JOB_NAME", "JOB_NAMESPACE", "STAGE", "CLIENT", "ATTEMPT", "COMPLETION_INDEX"):
-        assert getattr(cluster_views, name) == getattr(workloads, name)
+        assert getattr(cluster_jobs, name) == getattr(workloads, name)
     for name in ("RECEIPT", "STOPPED", "STOPPED_BECAUSE", "EXIT_CODE", "MESSAGE"):
-        assert getattr(cluster_views, name) == getattr(observe, name)
+        assert getattr(cluster_jobs, name) == getattr(observe, name)
 
 
 def test_the_roles_bound_here_are_the_charts() -> None:

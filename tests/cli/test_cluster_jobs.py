@@ -1,62 +1,43 @@
-"""What is shown of a cluster's objects: every reason has its words, no ledger is believed, and nothing leaks."""
+"""What is shown of a cluster's jobs: every reason has its words, and nothing leaks."""
 
 import copy
-import io
 import json
-from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from rich.console import Console
 
-from feddiff import cluster_views
-from feddiff.cluster_views import (
+from cluster_books import NOW, Object, books, entry, shown
+from feddiff import cluster_jobs
+from feddiff.cluster_budgets import Books
+from feddiff.cluster_jobs import (
     MEND,
     NEXT,
     NOBODY,
     OWNER,
     PLATFORM,
     RESEARCHER,
-    Books,
     JobReference,
     Scene,
     Unreadable,
     attempt_to_read,
-    budget_document,
     job_document,
     jobs_document,
     newest_attempts,
     next_steps,
     pods_of,
-    print_budgets,
     print_job,
     print_jobs,
     print_why,
     why_document,
     without_pods,
 )
-from feddiff_protocol import ledger, ledger_objects
-from feddiff_protocol.accountant import charge_mu_squared, compose, epsilon_of, mu_of
-from feddiff_protocol.api import BudgetSpec
+from feddiff_protocol import ledger_objects
 from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, InputMissing, UsageInvalid
-from feddiff_protocol.ledger import Account, Charge, Entry, Phase
+from feddiff_protocol.ledger import Account, Phase
 from feddiff_protocol.plan import Reason
 from feddiff_protocol.stages import Stage
 
-Object = dict[str, Any]
-NOW = datetime(2026, 1, 2, tzinfo=UTC)
-DELTA = Decimal("1e-5")
 SECRET = "label 7 of record 4711"
-
-
-def shown(printer: Any, *arguments: Any, terminal: bool = False) -> str:
-    file = io.StringIO()
-    console = Console(file=file, force_terminal=terminal, width=160, color_system=None)
-    printer(*arguments[:1], console, *arguments[1:])
-    return file.getvalue()
 
 
 # ---- builders ----------------------------------------------------------------------------------------------------
@@ -114,38 +95,6 @@ def pod(of: Object, phase: str = "Pending", index: int = 0, **status: Any) -> Ob
 
 def waiting(reason: str, message: str = "") -> Object:
     return {"containerStatuses": [{"name": "stage", "state": {"waiting": {"reason": reason, "message": message}}}]}
-
-
-def entry(number: int, epsilon: str, phase: Phase = Phase.CHARGED) -> Entry:
-    return Entry(
-        name=f"prl-{number}",
-        dataset_uid="d",
-        job_namespace="research",
-        job_name=f"job-{number}",
-        job_uid=f"uid-{number}",
-        client="a",
-        mechanism="summary",
-        unit="image",
-        epsilon=Decimal(epsilon),
-        delta=DELTA,
-        charge=Charge(mu_squared=charge_mu_squared(Decimal(epsilon), DELTA)),
-        reserved_at=f"2026-01-01T00:00:{number:02}Z",
-        phase=phase,
-    )
-
-
-def books(entries: list[Entry], account: Account | None = None, limit: str = "20", readable: bool = True) -> Books:
-    """As the operator writes them, with these entries and the account that they give, unless another is given."""
-    budget = {"epsilon": limit, "delta": "1e-5", "unit": "image"}
-    dataset: Object = {"metadata": {"namespace": "clinic-a", "name": "scans", "uid": "d"}, "spec": {"budget": budget}}
-    kept = account or ledger.adopt(entries)
-    said = ledger_objects.Books(kept, tuple(entries), BudgetSpec.model_validate(budget))
-    dataset["status"] = ledger_objects.dataset_status(dataset, said, NOW)
-    releases = [
-        ledger_objects.with_status_of(ledger_objects.release_object("clinic-a", "scans", each), each)
-        for each in entries
-    ]
-    return Books(dataset, releases if readable else None)
 
 
 # ---- why: reasons and what to do ---------------------------------------------------------------------------------
@@ -362,107 +311,6 @@ def test_a_job_of_many_owners_names_a_few_namespaces_and_counts_the_rest() -> No
     assert line.endswith("clinic-004 and 995 more; ask")
 
 
-# ---- budget ------------------------------------------------------------------------------------------------------
-
-
-def test_the_composed_epsilon_is_that_of_the_root_of_the_sum_of_squares() -> None:
-    document = budget_document(books([entry(1, "4"), entry(2, "2"), entry(3, "5", Phase.RETURNED)]))
-    expected = epsilon_of(compose([mu_of(4, 1e-5), mu_of(2, 1e-5)]), 1e-5)
-    assert float(document["composedEpsilon"]) == pytest.approx(expected, abs=2e-4)
-    assert float(document["composedEpsilon"]) >= expected - 1e-9, "rounded up"
-    assert document["contradiction"] == ""
-    assert [each["phase"] for each in document["entries"]] == ["Charged", "Charged", "Returned"]
-
-
-EPSILONS = st.lists(st.tuples(st.sampled_from(["0.5", "1", "2.25", "4"]), st.sampled_from(list(Phase))), max_size=6)
-
-
-@given(EPSILONS)
-def test_books_as_the_operator_writes_them_never_look_contradictory(drawn: list[tuple[str, Phase]]) -> None:
-    entries = [entry(number, epsilon, phase) for number, (epsilon, phase) in enumerate(drawn)]
-    for readable in (True, False):
-        document = budget_document(books(entries, limit="50", readable=readable))
-        assert document["contradiction"] == ""
-        total = Decimal(document["spentEpsilon"]) + Decimal(document["reservedEpsilon"])
-        assert Decimal(document["composedEpsilon"]) == total
-        assert (document["entries"] is None) == (not readable)
-
-
-def tampered(given: Books, how: str) -> Books:
-    dataset, releases = copy.deepcopy(given.dataset), copy.deepcopy(list(given.releases or ()))
-    match how:
-        case "an entry is gone":
-            del releases[0]
-        case "an entry is new":
-            releases.append(ledger_objects.release_object("clinic-a", "scans", entry(9, "1")))
-        case "an entry costs less":
-            releases[0]["spec"]["charge"]["muSquared"] = "0.001"
-        case "an entry makes no sense":
-            releases[0]["spec"]["epsilon"] = "much"
-        case "the account counts less":
-            dataset["status"]["account"]["total"]["muSquared"] = "0.001"
-        case "the account makes no sense":
-            dataset["status"]["account"]["numEntries"] = -1
-        case "the status shows less":
-            dataset["status"]["budget"]["spent"] = "0.1"
-        case "the account is gone":
-            del dataset["status"]["account"]
-    return Books(dataset, releases)
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "an entry is gone",
-        "an entry is new",
-        "an entry costs less",
-        "an entry makes no sense",
-        "the account counts less",
-        "the account makes no sense",
-        "the status shows less",
-        "the account is gone",
-    ],
-)
-def test_books_that_were_tampered_with_do_not_add_up(how: str) -> None:
-    good = books([entry(1, "4"), entry(2, "2")])
-    assert budget_document(good)["contradiction"] == ""
-    document = budget_document(tampered(good, how))
-    assert document["contradiction"] != ""
-    text = shown(print_budgets, [document])
-    assert "DOES NOT ADD UP" in text
-    assert text.splitlines()[1].split()[4] == "-", "nobody may count on what remains"
-
-
-def test_tampering_is_found_by_the_check_and_not_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the comparison with the entries, the same books would pass."""
-    monkeypatch.setattr(ledger, "inconsistency", lambda account, entries: None)
-    robbed = tampered(books([entry(1, "4"), entry(2, "2")]), "an entry is gone")
-    monkeypatch.setattr(cluster_views, "_differs", lambda books, composed: "")
-    assert budget_document(robbed)["contradiction"] == ""
-
-
-def test_what_the_operator_says_about_its_ledger_is_said_even_without_entries() -> None:
-    given = books([], readable=False)
-    (condition,) = [each for each in given.dataset["status"]["conditions"] if each["type"] == "LedgerConsistent"]
-    condition |= {"status": "False", "message": "1: an entry is gone"}
-    assert budget_document(given)["contradiction"] == "1: an entry is gone"
-    readable = Books(given.dataset, [ledger_objects.release_object("clinic-a", "scans", entry(1, "1"))])
-    assert budget_document(readable)["contradiction"] == "1: an entry is gone", "the operator's words say what to do"
-
-
-def test_a_ledger_that_changed_while_it_was_read_says_so() -> None:
-    given = books([entry(1, "1")])
-    assert "it changed while" in shown(print_budgets, [budget_document(Books(given.dataset, given.releases, False))])
-
-
-def test_entries_of_another_dataset_of_the_namespace_are_not_counted() -> None:
-    given = books([entry(1, "4")])
-    other = ledger_objects.release_object("clinic-a", "other", entry(2, "9"))
-    document = budget_document(Books(given.dataset, [*(given.releases or ()), other]))
-    assert [each["name"] for each in document["entries"]] == ["prl-1"]
-    assert document["contradiction"] == ""
-
-
 # ---- logs --------------------------------------------------------------------------------------------------------
 
 
@@ -522,4 +370,4 @@ def test_a_status_of_an_older_spec_and_dropped_clients_are_said() -> None:
 
 
 def test_every_stage_name_is_known() -> None:
-    assert {stage.value for stage in cluster_views.SHARED_STAGES} < {stage.value for stage in Stage}
+    assert {stage.value for stage in cluster_jobs.SHARED_STAGES} < {stage.value for stage in Stage}

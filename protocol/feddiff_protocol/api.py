@@ -41,6 +41,15 @@ class Wire(BaseModel):
         alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, extra="forbid", frozen=True
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, value: object) -> object:
+        """As the API server reads JSON: a field that is null has its default, or is missing."""
+        if not isinstance(value, Mapping) or None not in value.values():
+            return value
+        known = {name for field, info in cls.model_fields.items() for name in (field, info.alias)}
+        return {name: part for name, part in value.items() if part is not None or name not in known}
+
     def to_wire(self) -> dict[str, Any]:
         """The JSON form with field names as users write them; what was left out stays out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -69,6 +78,23 @@ def _decimal_to_text(value: Decimal) -> str:
     return str(value).replace("E+", "E")  # "1E+1" is how Decimal writes 1e1; the pattern knows no plus sign
 
 
+def _whole_number(value: object) -> object:
+    """As the API server reads JSON: 5 and 5.0 are whole numbers; "5", 5.5 and true are none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"expected a whole number, found {_shortened(value)}")
+    return value
+
+
+def _true_or_false(value: object) -> object:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, found {_shortened(value)}")
+    return value
+
+
+WHOLE = BeforeValidator(_whole_number)  # after the bounds, which a schema would lose behind it
+Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 Quantity = Annotated[
     Decimal, BeforeValidator(_decimal_from_text), PlainSerializer(_decimal_to_text, return_type=str), _decimal_schema()
 ]
@@ -96,8 +122,14 @@ class Metadata(Wire):
 class StoreReference(Wire):
     """Where objects live: s3://bucket/prefix, or file:///folder; credentials come from the named Secret."""
 
-    uri: Annotated[str, Field(pattern=r"^(s3|file)://.+$", max_length=512)]
-    secret_name: Name | None = None
+    uri: Annotated[str, Field(pattern=r"^(s3|file)://.+$", max_length=512)] = Field(
+        description="s3://bucket/prefix, or file:///folder on a volume that every pod concerned mounts"
+    )
+    secret_name: Name | None = Field(
+        None,
+        description="Secret in the namespace of the pods, with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for a"
+        " store that is not Amazon's, AWS_ENDPOINT_URL; the operator never reads it",
+    )
 
 
 def _rules(*rules: tuple[str, str]) -> ConfigDict:
@@ -108,6 +140,17 @@ def _rules(*rules: tuple[str, str]) -> ConfigDict:
 
 def _fixed(what: str) -> dict[str, Any]:
     return {"x-kubernetes-validations": [{"rule": "self == oldSelf", "message": f"{what} cannot change"}]}
+
+
+def _fixed_list_of_names(what: str) -> dict[str, Any]:
+    """Entries with distinct names, as the API server itself sees to; it compares such lists whatever their order."""
+    order = {"rule": "self.map(each, each.name) == oldSelf.map(each, each.name)", "message": f"{what} cannot change"}
+    fixed = _fixed(what)["x-kubernetes-validations"]
+    return {
+        "x-kubernetes-list-type": "map",
+        "x-kubernetes-list-map-keys": ["name"],
+        "x-kubernetes-validations": [*fixed, order],
+    }
 
 
 # ---- PrivateDataset ------------------------------------------------------------------------------------
@@ -131,14 +174,23 @@ class SourceSpec(Wire):
         ),
     )
 
-    format: SourceFormat
-    path: Text
-    labels_path: Text | None = Field(None, description="idx only: the file of labels")
-    holdout_path: Text | None = Field(
-        None, description="records kept out of training, for evaluation; without them quality is not measured"
+    format: SourceFormat = Field(
+        description="idx: MNIST's files of images and labels; npz: one file of numpy with the arrays images and labels;"
+        " folder: one folder of PNG and JPEG files for each class"
     )
-    holdout_labels_path: Text | None = Field(None, description="idx only: the labels of the hold-out records")
-    volume_claim: Name | None = None
+    path: Text = Field(description="the images: a file, or with format folder the folder of the classes")
+    labels_path: Text | None = Field(None, description="idx only: the file of labels; needed there")
+    holdout_path: Text | None = Field(
+        None,
+        description="records kept out of training and out of every release, for evaluation; in the same format as path;"
+        " without them quality is not measured",
+    )
+    holdout_labels_path: Text | None = Field(None, description="idx only: the labels of the records at holdoutPath")
+    volume_claim: Name | None = Field(
+        None,
+        description="PersistentVolumeClaim in the dataset's namespace that holds the records, mounted read-only; a"
+        " local run ignores it",
+    )
 
     @model_validator(mode="after")
     def _labels_belong_to_idx(self) -> "SourceSpec":
@@ -153,11 +205,11 @@ class SourceSpec(Wire):
 
 
 class ImageSpec(Wire):
-    """Shape of every image, a public fact."""
+    """Shape of every image, a public fact. Records of another shape are refused; all clients of a job share it."""
 
-    channels: Annotated[int, Field(ge=1, le=4)]
-    height: Annotated[int, Field(ge=4, le=512)]
-    width: Annotated[int, Field(ge=4, le=512)]
+    channels: Annotated[int, Field(ge=1, le=4), WHOLE] = Field(description="values per pixel: 1 is grey, 3 is colour")
+    height: Annotated[int, Field(ge=4, le=512), WHOLE] = Field(description="rows of pixels")
+    width: Annotated[int, Field(ge=4, le=512), WHOLE] = Field(description="pixels in a row")
 
     @property
     def dimensions(self) -> int:
@@ -174,9 +226,17 @@ class ClassesSpec(Wire):
         ("self.records.sum() >= 2", "records needs at least 2 records in all"),
     )
 
-    count: Annotated[int, Field(ge=1, le=1000)]
-    records: Annotated[tuple[Annotated[int, Field(ge=0, le=10**8)], ...], Field(min_length=1, max_length=1000)]
-    names: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=63)], ...], Field(max_length=1000)] = ()
+    count: Annotated[int, Field(ge=1, le=1000), WHOLE] = Field(
+        description="how many classes; labels are 0 to count - 1"
+    )
+    records: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=10**8), WHOLE], ...], Field(min_length=1, max_length=1000)
+    ] = Field(description="records of each class at path, in the order of the labels; at least 2 in all")
+    names: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=63)], ...], Field(max_length=1000)] = Field(
+        (),
+        description="names of the classes, in the order of the labels; with format folder the folders' names,"
+        " which are taken in sorted order unless given",
+    )
 
     @model_validator(mode="after")
     def _one_entry_per_class(self) -> "ClassesSpec":
@@ -201,10 +261,18 @@ class BudgetSpec(Wire):
         ("double(self.pureEpsilon) <= double(self.epsilon)", "pureEpsilon can be at most epsilon"),
     )
 
-    epsilon: Positive
-    delta: Delta
-    unit: Literal["image"] = "image"
-    pure_epsilon: NonNegative = Decimal(0)
+    epsilon: Positive = Field(
+        description="ε that all releases of these records may add up to, per unit at this delta; may be raised, never"
+        " lowered"
+    )
+    delta: Delta = Field(description="δ at which epsilon is stated, the same for all releases together; cannot change")
+    unit: Literal["image"] = Field(
+        "image", description="what is protected: replacing one image by any other of its class; cannot change"
+    )
+    pure_epsilon: NonNegative = Field(
+        Decimal(0),
+        description="part of epsilon set aside for mechanisms that promise pure ε (δ = 0); cannot change",
+    )
 
     @model_validator(mode="after")
     def _pure_part_fits(self) -> "BudgetSpec":
@@ -216,23 +284,48 @@ class BudgetSpec(Wire):
 class AccessRule(Wire):
     """Jobs of this namespace may use the dataset, each for at most this epsilon."""
 
-    namespace: Name
-    max_epsilon: Positive | None = None
+    namespace: Name = Field(description="whose jobs are let in; in a local run, the namespace in the job's metadata")
+    max_epsilon: Positive | None = Field(
+        None, description="largest ε that one job may ask for; without it, whatever the budget still holds"
+    )
 
 
 class PrivateDatasetSpec(Wire):
+    """What a data owner declares: records that stay, public facts about them, a budget, and who may ask."""
+
     source: SourceSpec
     image: ImageSpec
     classes: ClassesSpec
     budget: BudgetSpec
-    access: Annotated[tuple[AccessRule, ...], Field(max_length=64)] = ()
-    images: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
-    store: StoreReference | None = None
-    federation: StoreReference | None = None
-    pod_template: Overlay
+    access: Annotated[tuple[AccessRule, ...], Field(max_length=64)] = Field(
+        (), description="whose jobs may use the dataset; nobody's unless listed. Charges stay when a rule is taken away"
+    )
+    images: Annotated[tuple[Text, ...], Field(max_length=64)] = Field(
+        (), description="trainer images that may see the records, as the installation names them; any unless listed"
+    )
+    store: StoreReference | None = Field(
+        None,
+        description="the owner's own: sealed releases, personal denoiser, samples, owner report. Needed on a cluster; a"
+        " local run uses a folder beside the records",
+    )
+    federation: StoreReference | None = Field(
+        None,
+        description="how this owner's pods reach the store that the job names: with a Secret that may write this"
+        " owner's prefix and read the rest. A local run uses a folder of the run",
+    )
+    pod_template: Annotated[
+        Overlay,
+        Field(
+            description="laid over this owner's pods: labels, annotations, service account, volumes, node selector,"
+            " tolerations, resources and the like. Another field ends the job with InvalidPodTemplate"
+        ),
+    ]
 
 
 class PrivateDataset(Wire):
+    """A data owner's records as a job sees them: what they are, who may use them, and the privacy budget that every
+    release of them is charged to. The records, the personal denoiser and the samples stay with the owner."""
+
     api_version: Literal["feddiff.dev/v1alpha1"] = API_VERSION
     kind: Literal["PrivateDataset"] = "PrivateDataset"
     metadata: Metadata
@@ -244,21 +337,27 @@ class PrivateDataset(Wire):
 
 
 class ReleasedDataset(Wire):
-    name: Name
-    uid: Annotated[str, Field(max_length=64)]
+    """The dataset that is charged: the PrivateDataset of this name in the entry's namespace."""
+
+    name: Name = Field(description="a dataset made again under this name adopts the entry")
+    uid: Annotated[str, Field(max_length=64)] = Field(description="metadata.uid that the dataset had when it reserved")
 
 
 class ReleasingJob(Wire):
-    namespace: Name
-    name: Name
-    uid: Annotated[str, Field(max_length=64)]
+    """The FederatedDiffusionJob that the release is for; it may be gone, the entry stays."""
+
+    namespace: Name = Field(description="the researcher's namespace")
+    name: Name = Field(description="metadata.name of the job; a later job may have it too, so uid tells them apart")
+    uid: Annotated[str, Field(max_length=64)] = Field(description="metadata.uid of the job")
 
 
 class ChargeSpec(Wire):
     """What a release costs: μ² for Gaussian noise, pure ε for the mechanisms that promise it."""
 
-    mu_squared: NonNegative = Decimal(0)
-    pure_epsilon: NonNegative = Decimal(0)
+    mu_squared: NonNegative = Field(
+        Decimal(0), description="μ² of Gaussian noise, rounded up; these add up over releases, ε does not"
+    )
+    pure_epsilon: NonNegative = Field(Decimal(0), description="pure ε; adds up over releases")
 
 
 class PrivacyReleaseSpec(Wire):
@@ -268,16 +367,21 @@ class PrivacyReleaseSpec(Wire):
 
     dataset: ReleasedDataset
     job: ReleasingJob
-    client: Name
-    mechanism: Annotated[str, Field(max_length=63)]
-    unit: Literal["image"]
-    epsilon: Positive
-    delta: Delta
+    client: Name = Field(description="the dataset's name within the job, from spec.clients")
+    mechanism: Annotated[str, Field(max_length=63)] = Field(description="how the release is noised, as the job says")
+    unit: Literal["image"] = Field(description="what is protected, as the budget says")
+    epsilon: Positive = Field(description="ε of this release alone, at delta")
+    delta: Delta = Field(description="δ of this release alone")
     charge: ChargeSpec
-    reserved_at: Annotated[str, Field(max_length=40)]
+    reserved_at: Annotated[str, Field(max_length=40)] = Field(
+        description="when the budget was reserved: RFC 3339, in UTC"
+    )
 
 
 class PrivacyRelease(Wire):
+    """One entry of a data owner's ledger: what one job's release of one dataset costs. Written by the operator alone;
+    deleting one does not give budget back, it makes the ledger contradict itself."""
+
     api_version: Literal["feddiff.dev/v1alpha1"] = API_VERSION
     kind: Literal["PrivacyRelease"] = "PrivacyRelease"
     metadata: Metadata
@@ -289,13 +393,19 @@ class PrivacyRelease(Wire):
 
 
 class DatasetReference(Wire):
-    namespace: Name = "default"
-    name: Name
+    """A PrivateDataset, wherever it is; its owner decides whose jobs may use it."""
+
+    namespace: Name = Field("default", description="the data owner's namespace")
+    name: Name = Field(description="metadata.name of the PrivateDataset")
 
 
 class ClientSpec(Wire):
-    name: Name
-    dataset: DatasetReference
+    """One data owner's part in the job."""
+
+    name: Name = Field(
+        description="distinct within the job; it names the client in status and reports, and its prefix in the store"
+    )
+    dataset: DatasetReference = Field(description="the records it takes part with; each dataset once in a job")
 
 
 class Mechanism(StrEnum):
@@ -315,7 +425,7 @@ _SUMMARY_FIELDS = ("moment_clip_norm", "mean_share", "centre", "variance_guess")
 
 class PrivacySpec(Wire):
     """One promise: (epsilon, delta) per unit, by a mechanism that has to be named. Clip norms, centre and
-    variance guess are constants chosen without looking at the data."""
+    variance guess are constants chosen without looking at the data. Nothing here can change."""
 
     model_config = _rules(
         ("(self.mechanism == 'summary') == has(self.momentClipNorm)", "momentClipNorm goes with mechanism summary"),
@@ -326,13 +436,27 @@ class PrivacySpec(Wire):
         ),
     )
 
-    mechanism: Mechanism
-    epsilon: Positive
-    delta: Delta
-    unit: Literal["image"] = "image"
-    clip_norm: Positive = Field(description="largest Euclidean norm of an image; longer ones are scaled down")
-    pixels: Pixels | None = Field(None, description="gaussian: units of the clip, zeroToOne unless said otherwise")
-    moment_clip_norm: Positive | None = Field(None, description="summary: largest norm of an image minus the centre")
+    mechanism: Mechanism = Field(
+        description="gaussian: every image leaves, clipped and noised once; summary: per class, a noisy mean and a"
+        " noisy second moment leave. There is no default"
+    )
+    epsilon: Positive = Field(description="ε that each owner's release may lose, per unit at delta; charged once")
+    delta: Delta = Field(description="δ at which epsilon is stated")
+    unit: Literal["image"] = Field(
+        "image", description="what is protected: replacing one image by another of its class"
+    )
+    clip_norm: Positive = Field(
+        description="largest Euclidean norm of an image, in [0, 1] units unless pixels says otherwise; longer ones are"
+        " scaled down"
+    )
+    pixels: Pixels | None = Field(
+        None,
+        description="gaussian: units of the clip; zeroToOne, the default, makes the sensitivity √2 smaller",
+    )
+    moment_clip_norm: Positive | None = Field(
+        None,
+        description="summary, needed there: largest norm of an image minus its class's noisy mean, in [0, 1] units",
+    )
     mean_share: Share | None = Field(None, description="summary: share of μ² that the mean gets; 0.5 unless said")
     centre: PixelValue | None = Field(
         None, description="summary: pixel value that stands for the mean of a class of fewer than 20 records; 0.5"
@@ -379,18 +503,24 @@ class Timeline(StrEnum):
 
 
 class DiffusionSpec(Wire):
-    """The forward process: variances rise in a line from betaStart to betaEnd over `steps` steps."""
+    """The forward process: variances rise in a line from betaStart to betaEnd over `steps` steps. Nothing here can
+    change."""
 
     model_config = _rules(("double(self.betaEnd) >= double(self.betaStart)", "betaEnd must be at least betaStart"))
 
-    steps: Annotated[int, Field(ge=10, le=10_000)] = 1000
-    beta_start: Share = Decimal("1e-4")
-    beta_end: Share = Decimal("0.02")
+    steps: Annotated[int, Field(ge=10, le=10_000), WHOLE] = Field(1000, description="T, counted from 1")
+    beta_start: Share = Field(Decimal("1e-4"), description="variance added by the first step")
+    beta_end: Share = Field(Decimal("0.02"), description="variance added by the last step; at least betaStart")
     split_sigma: Positive | None = Field(
         None,
-        description="summary: noise-to-signal at which the shared denoiser hands over; elsewhere it follows from ε",
+        description="summary, needed there: noise-to-signal, in [-1, 1] units, at which the shared denoiser hands over"
+        " to the owner's own; with gaussian it follows from ε",
     )
-    timeline: Timeline | None = Field(None, description="gaussian: continued unless said otherwise")
+    timeline: Timeline | None = Field(
+        None,
+        description="gaussian: how the shared denoiser treats time; continued (one schedule throughout, the default) or"
+        " restarted (the paper's: noised images as if they were clean)",
+    )
 
     @model_validator(mode="after")
     def _betas_rise(self) -> "DiffusionSpec":
@@ -400,15 +530,18 @@ class DiffusionSpec(Wire):
 
 
 class NetworkSpec(Wire):
-    """The U-Net that shared and personal denoisers have in common."""
+    """The U-Net that shared and personal denoisers have in common. A checkpoint of another shape cannot be continued:
+    change nothing here once training has begun."""
 
-    base_width: Annotated[int, Field(ge=8, le=512)] = 32
-    num_blocks: Annotated[int, Field(ge=1, le=8)] = 1
-    attention: bool = False
+    base_width: Annotated[int, Field(ge=8, le=512), WHOLE] = Field(
+        32, description="channels at full resolution; lower ones have up to four times as many"
+    )
+    num_blocks: Annotated[int, Field(ge=1, le=8), WHOLE] = Field(1, description="residual blocks at each resolution")
+    attention: Flag = Field(False, description="self-attention at the lowest resolution")
 
 
-TrainingImages = Annotated[int, Field(ge=1, le=10**12)]
-Batch = Annotated[int, Field(ge=2, le=65_536)]
+TrainingImages = Annotated[int, Field(ge=1, le=10**12), WHOLE]
+Batch = Annotated[int, Field(ge=2, le=65_536), WHOLE]
 
 
 class SharedSpec(Wire):
@@ -424,16 +557,32 @@ class SharedSpec(Wire):
     denoiser: Literal["trained", "closedForm"] = Field(
         "trained", description="closedForm: the pooled Gaussian's own denoiser, summary only, needs no training"
     )
-    images: TrainingImages = 2_000_000
-    batch: Batch = 256
-    learning_rate: Positive = Decimal("2e-3")
-    replicas: Annotated[int, Field(ge=1, le=1024)] = 2
-    processes_per_replica: Annotated[int, Field(ge=1, le=64)] = 1
+    images: TrainingImages = Field(
+        2_000_000, description="length of the training, in images seen by all ranks together"
+    )
+    batch: Batch = Field(256, description="images in one step, over all ranks; a multiple of their number")
+    learning_rate: Positive = Field(Decimal("2e-3"), description="peak of the schedule")
+    replicas: Annotated[int, Field(ge=1, le=1024), WHOLE] = Field(2, description="pods; in a local run, processes")
+    processes_per_replica: Annotated[int, Field(ge=1, le=64), WHOLE] = Field(
+        1, description="ranks in each pod, one per GPU where there are any"
+    )
     own_covariance_weight: Share = Field(
         Decimal("0.5"), description="summary: weight of a class's own covariance against the classes' mean one"
     )
-    resources: Overlay
-    pod_template: Overlay
+    resources: Annotated[
+        Overlay,
+        Field(
+            description="requests and limits of each training pod, as in a container's resources; can change only while"
+            " suspend is true"
+        ),
+    ]
+    pod_template: Annotated[
+        Overlay,
+        Field(
+            description="laid over the training and report pods; the same fields as a dataset's podTemplate. Attempts"
+            " started after a change have it"
+        ),
+    ]
 
     @property
     def world_size(self) -> int:
@@ -451,34 +600,40 @@ class SharedSpec(Wire):
 class PersonalSpec(Wire):
     """Training of each owner's personal denoiser, on its own records and, above the split, on what was released."""
 
-    images: TrainingImages = 1_000_000
-    batch: Batch = 256
-    learning_rate: Positive = Decimal("2e-3")
+    images: TrainingImages = Field(1_000_000, description="length of each owner's training, in images seen")
+    batch: Batch = Field(256, description="images in one step")
+    learning_rate: Positive = Field(Decimal("2e-3"), description="peak of the schedule")
     release_share: ShareOrNothing = Field(
-        Decimal("0.333"), description="share of each batch that comes from the releases instead of own records"
+        Decimal("0.333"),
+        description="share of each batch that comes from the releases instead of own records; 0 leaves them out",
     )
     release_sigma: Positive | None = Field(
         None, description="summary: lowest noise-to-signal at which draws are trained on; splitSigma unless said"
     )
-    clip_mix: bool = Field(False, description="also train on clipped images, told apart by a flag (CVPR 2026)")
+    clip_mix: Flag = Field(False, description="also train on clipped images, told apart by a flag (CVPR 2026)")
 
 
 class SamplingSpec(Wire):
     """How images are drawn once the denoisers are trained."""
 
-    images_per_class: Annotated[int, Field(ge=1, le=100_000)] = 100
-    steps: Annotated[int, Field(ge=2, le=10_000)] = 20
-    sampler: Literal["heun", "ddpm"] = "heun"
+    images_per_class: Annotated[int, Field(ge=1, le=100_000), WHOLE] = Field(
+        100, description="how many every owner draws of each class, for its report"
+    )
+    steps: Annotated[int, Field(ge=2, le=10_000), WHOLE] = Field(20, description="steps from pure noise to an image")
+    sampler: Literal["heun", "ddpm"] = Field(
+        "heun", description="heun: deterministic, second order, few steps; ddpm: ancestral, wants hundreds of them"
+    )
 
 
-Seconds = Annotated[int, Field(ge=1, le=10**9)]
+Seconds = Annotated[int, Field(ge=1, le=10**9), WHOLE]
 
 
 class StageDeadlinesSpec(Wire):
     """How long one attempt of a stage may wait, and how long it may run."""
 
     start_seconds: Seconds | None = Field(
-        None, description="from when its pods may start until all of them run; time in a queue does not count"
+        None,
+        description="on a cluster, from when its pods may start until all of them run; time in a queue does not count",
     )
     stage_seconds: Seconds | None = Field(None, description="from when its pods run until they end")
 
@@ -490,12 +645,12 @@ class DeadlinesSpec(StageDeadlinesSpec):
     release_seconds: Seconds | None = Field(
         None, description="from the first release's start until the quorum is decided"
     )
-    release: StageDeadlinesSpec | None = None
-    train_shared: StageDeadlinesSpec | None = None
-    train_personal: StageDeadlinesSpec | None = None
-    sample: StageDeadlinesSpec | None = None
-    evaluate: StageDeadlinesSpec | None = None
-    report: StageDeadlinesSpec | None = None
+    release: StageDeadlinesSpec | None = Field(None, description="limits of each owner's release")
+    train_shared: StageDeadlinesSpec | None = Field(None, description="limits of the shared denoiser's training")
+    train_personal: StageDeadlinesSpec | None = Field(None, description="limits of each owner's own training")
+    sample: StageDeadlinesSpec | None = Field(None, description="limits of each owner's sampling")
+    evaluate: StageDeadlinesSpec | None = Field(None, description="limits of each owner's evaluation")
+    report: StageDeadlinesSpec | None = Field(None, description="limits of the job report")
 
     def of(self, stage: str) -> StageDeadlinesSpec:
         """What holds for `stage`, named as in a receipt ("train-shared")."""
@@ -507,6 +662,8 @@ class DeadlinesSpec(StageDeadlinesSpec):
 
 
 class FederatedDiffusionJobSpec(Wire):
+    """What is trained, with whom, under which promise. Attempts of a stage that start after a change see it."""
+
     model_config = _rules(
         ("!has(self.quorum) || self.quorum <= size(self.clients)", "quorum can be at most the number of clients"),
         (
@@ -537,24 +694,52 @@ class FederatedDiffusionJobSpec(Wire):
     )
 
     clients: Annotated[
-        tuple[ClientSpec, ...], Field(min_length=1, max_length=1000, json_schema_extra=_fixed("clients"))
-    ]
-    quorum: Annotated[int, Field(ge=1, le=1000)] | None = None
+        tuple[ClientSpec, ...], Field(min_length=1, max_length=1000, json_schema_extra=_fixed_list_of_names("clients"))
+    ] = Field(description="the data owners that take part; cannot change")
+    quorum: Annotated[int, Field(ge=1, le=1000), WHOLE] | None = Field(
+        None,
+        description="how many clients are enough, decided when all have released or deadlines.releaseSeconds has"
+        " passed; all of them unless given. Who is left out stays charged",
+    )
     privacy: PrivacySpec = Field(json_schema_extra=_fixed("privacy"))
     diffusion: DiffusionSpec = Field(DiffusionSpec(), json_schema_extra=_fixed("diffusion"))
     network: NetworkSpec = NetworkSpec()
     shared: SharedSpec = Field(default_factory=lambda: SharedSpec.model_validate({}))
     personal: PersonalSpec = PersonalSpec()
     sampling: SamplingSpec = SamplingSpec()
-    store: StoreReference | None = Field(None, json_schema_extra=_fixed("store"))
-    suspend: bool = False
-    managed_by: Annotated[str, Field(max_length=63)] | None = Field(None, json_schema_extra=_fixed("managedBy"))
-    queue_name: Name | None = None
-    priority_class_name: Name | None = None
+    store: StoreReference | None = Field(
+        None,
+        description="the federation's: releases, shared denoiser, job report. Needed on a cluster, where every owner's"
+        " federation Secret has to reach it; a local run uses a folder of the run. Cannot change",
+        json_schema_extra=_fixed("store"),
+    )
+    suspend: Flag = Field(
+        False, description="true stops every stage, which saves its work first; false goes on from there"
+    )
+    managed_by: Annotated[str, Field(max_length=63)] | None = Field(
+        None,
+        description="feddiff.dev/operator or nothing: this operator carries the job out. Any other value leaves it to"
+        " that controller. Cannot change",
+        json_schema_extra=_fixed("managedBy"),
+    )
+    queue_name: Name | None = Field(
+        None, description="Kueue's LocalQueue, in the job's namespace, for the shared denoiser's and the report's pods"
+    )
+    priority_class_name: Name | None = Field(None, description="PriorityClass of every pod of the job")
     deadlines: DeadlinesSpec = DeadlinesSpec()
-    backoff_limit: Annotated[int, Field(ge=0, le=100)] = 3
-    ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
-    clean_pod_policy: Literal["None", "Running", "All"] = "Running"
+    backoff_limit: Annotated[int, Field(ge=0, le=100), WHOLE] = Field(
+        3, description="failures of one stage, after which no further attempt follows; interruptions do not count"
+    )
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=10**9), WHOLE] | None = Field(
+        None,
+        description="seconds after the job has ended, when it is deleted with what is left of its stages; never unless"
+        " given. Ledgers and stores stay",
+    )
+    clean_pod_policy: Literal["None", "Running", "All"] = Field(
+        "Running",
+        description="what becomes of a stage's Jobs and pods when the job ends: None, all stay; Running, those that"
+        " still run are stopped; All, all are deleted",
+    )
 
     @property
     def quorum_or_all(self) -> int:
@@ -597,6 +782,9 @@ class FederatedDiffusionJobSpec(Wire):
 
 
 class FederatedDiffusionJob(Wire):
+    """One training across data owners who keep their images: each lets out one noised release, a shared denoiser is
+    trained on all of them, and every owner ends with a denoiser of its own. The same document goes to `feddiff run`."""
+
     api_version: Literal["feddiff.dev/v1alpha1"] = API_VERSION
     kind: Literal["FederatedDiffusionJob"] = "FederatedDiffusionJob"
     metadata: Metadata

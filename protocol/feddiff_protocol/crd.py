@@ -4,7 +4,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from .api import GROUP, NAME_PATTERN, VERSION, FederatedDiffusionJob, PrivacyRelease, PrivateDataset, Wire
+from .api import API_VERSION, GROUP, NAME_PATTERN, VERSION, FederatedDiffusionJob, PrivacyRelease, PrivateDataset, Wire
+from .status_schema import status_schema
 
 Schema = dict[str, Any]
 
@@ -40,6 +41,7 @@ _NAMES = {
     "PrivacyRelease": ("privacyreleases", "prl"),
     "FederatedDiffusionJob": ("federateddiffusionjobs", "fdj"),
 }
+_NAME_DESCRIPTION = "at most 63 of a-z, 0-9 and -, a letter or digit first and last, since it becomes a label"
 _KINDS: tuple[type[Wire], ...] = (PrivateDataset, PrivacyRelease, FederatedDiffusionJob)
 
 
@@ -82,18 +84,19 @@ def _definition(kind: type[Wire]) -> Schema:
 
 def _object_schema(kind: type[Wire]) -> Schema:
     schema = kind.model_json_schema(by_alias=True, mode="validation")
-    parts = {name: _structural(schema["properties"][name], schema.get("$defs", {})) for name in ("spec", "status")}
     # The server's own rule for names is looser than that for labels, into which the name of a job goes.
-    name = {"type": "string", "pattern": NAME_PATTERN, "maxLength": 63}
+    name = {"type": "string", "pattern": NAME_PATTERN, "maxLength": 63, "description": _NAME_DESCRIPTION}
+    metadata = {"type": "object", "properties": {"name": name}}  # the server describes the rest itself
     return {
         "type": "object",
-        "description": _one_line(kind.__doc__ or f"A {kind.__name__}."),
+        "description": _one_line(kind.__doc__ or ""),
         "required": ["spec"],
         "properties": {
-            "apiVersion": {"type": "string"},
-            "kind": {"type": "string"},
-            "metadata": {"type": "object", "properties": {"name": name}},
-            **parts,
+            "apiVersion": {"type": "string", "description": f"always {API_VERSION}"},
+            "kind": {"type": "string", "description": f"always {kind.__name__}"},
+            "metadata": metadata,
+            "spec": _structural(schema["properties"]["spec"], schema.get("$defs", {})),
+            "status": status_schema(kind.__name__),
         },
     }
 
@@ -128,7 +131,7 @@ def _structural(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:
     if "items" in schema:
         result["items"] = _structural(schema["items"], definitions)
     if result.get("type") == "array":
-        result["x-kubernetes-list-type"] = "atomic"
+        result.setdefault("x-kubernetes-list-type", "atomic")
     if rules:
         result["x-kubernetes-validations"] = rules
     return result
@@ -140,7 +143,7 @@ def _with_default(schema: Schema, required: bool) -> Schema:
 
 
 _KEPT = ("type", "description", "default", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems",
-         "minimum", "maximum", "required")  # fmt: skip
+         "minimum", "maximum", "required", "x-kubernetes-list-type", "x-kubernetes-list-map-keys")  # fmt: skip
 
 
 def _resolved(schema: Schema, definitions: Mapping[str, Schema]) -> Schema:

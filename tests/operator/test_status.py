@@ -6,6 +6,7 @@ from typing import Any
 
 from batch_objects import NOW, SHA, UID, batch_job, job, text
 from feddiff_operator.status import ended, expires_at, job_status
+from feddiff_protocol.crd import definitions
 from feddiff_protocol.plan import (
     CONDITIONS,
     ClientObserved,
@@ -137,3 +138,29 @@ def test_a_thousand_clients_fit() -> None:
     everybody = plan(asked, Observed({n: ClientObserved(Hold.CHARGED) for n in names}, {}, tuple(names)))
     assert everybody.status.phase is JobPhase.RELEASING
     assert len(json.dumps(job_status(before, everybody.status, now=NOW))) < 64_000
+
+
+def undescribed(value: Any, schema: Object, path: str = "status") -> list[str]:
+    """Fields of a status that its definition does not know."""
+    if isinstance(value, list):
+        return [each for item in value for each in undescribed(item, schema["items"], f"{path}[]")]
+    if not isinstance(value, dict):
+        return []
+    known = schema.get("properties", {})
+    below = [
+        each for name in value if name in known for each in undescribed(value[name], known[name], f"{path}.{name}")
+    ]
+    return [f"{path}.{name}" for name in value if name not in known] + below
+
+
+def test_kubectl_explains_every_field_of_a_status() -> None:
+    (version,) = definitions()["federateddiffusionjobs"]["spec"]["versions"]
+    schema = version["schema"]["openAPIV3Schema"]["properties"]["status"]
+    lost = StageObserved(StagePhase.FAILED, 1, 9, 77)
+    observed = charged(done(Stage.RELEASE, "a"), ((Stage.RELEASE, "b"), lost))
+    status = after(found(quorum=1), observed, releasing_since=NOW)["status"]
+    status |= {"completionTime": text(LATER)}
+    assert status["dropped"] and status["counted"]
+    assert undescribed(status, schema) == []
+    assert set(status) == set(schema["properties"]), "and it explains no field that nobody writes"
+    assert undescribed({**status, "stages": [{"stage": "release", "lost": 1}]}, schema) == ["status.stages[].lost"]

@@ -253,3 +253,56 @@ def test_a_mutated_document_is_valid_or_spec_invalid_and_nothing_else(document: 
         assert len(str(error)) > len("fuzzed: ")
     else:
         assert parse_document(parsed.to_wire(), "again") == parsed
+
+
+# ---- numbers, flags and null as the API server reads them ------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [5, 5.0, 1e1])
+def test_a_whole_number_is_a_number_without_a_fraction(value: float) -> None:
+    job = parse_document(changed(JOB, "spec.sampling.imagesPerClass", value), "x")
+    assert isinstance(job, FederatedDiffusionJob)
+    images = job.spec.sampling.images_per_class
+    assert images == value and type(images) is int
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("spec.quorum", "1", "spec.quorum: expected a whole number, found '1'"),
+        ("spec.quorum", True, "spec.quorum: expected a whole number, found True"),
+        ("spec.quorum", 1.5, "spec.quorum: expected a whole number, found 1.5"),
+        ("spec.quorum", float("nan"), "spec.quorum: expected a whole number, found nan"),
+        ("spec.quorum", float("inf"), "spec.quorum: expected a whole number, found inf"),
+        ("spec.suspend", "true", "spec.suspend: expected true or false, found 'true'"),
+        ("spec.suspend", 1, "spec.suspend: expected true or false, found 1"),
+        ("spec.network", {"attention": "no"}, "spec.network.attention: expected true or false, found 'no'"),
+        ("spec.clients.0.name", 5, "spec.clients.0.name: input should be a valid string, found 5"),
+        ("spec.clients.0", None, "spec.clients"),
+    ],
+)
+def test_what_only_looks_like_a_number_or_a_flag_is_refused(path: str, value: Any, words: str) -> None:
+    spec = copy.deepcopy(JOB)
+    spec["spec"] |= {"network": {}, "suspend": False}
+    with pytest.raises(SpecInvalid) as caught:
+        parse_document(nulled(spec, path) if value is None else changed(spec, path, value), "x")
+    assert words in str(caught.value)
+
+
+def nulled(document: dict[str, Any], path: str) -> dict[str, Any]:
+    """A copy with null at a dotted path."""
+    result = copy.deepcopy(document)
+    *parents, last = path.split(".")
+    place: Any = result
+    for name in parents:
+        place = place[int(name)] if isinstance(place, list) else place[name]
+    place[int(last) if isinstance(place, list) else last] = None
+    return result
+
+
+def test_null_is_left_out_and_what_is_needed_is_missing() -> None:
+    assert parse_document(nulled(JOB, "spec.sampling"), "x") == parse_document(changed(JOB, "spec.sampling", {}), "x")
+    with pytest.raises(SpecInvalid, match=r"spec\.privacy\.epsilon: expected a value, found none"):
+        parse_document(nulled(JOB, "spec.privacy.epsilon"), "x")
+    with pytest.raises(SpecInvalid, match=r"spec\.seed: unknown field"):
+        parse_document(nulled(JOB, "spec.seed"), "x")

@@ -1,5 +1,8 @@
 """The CustomResourceDefinitions say what the types say, in the dialect that an API server accepts."""
 
+import copy
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +97,72 @@ def test_what_may_be_left_out_of_a_type_may_be_left_out_of_a_manifest() -> None:
 def test_a_name_fits_into_a_label() -> None:
     name = dict(_nodes(_schema("federateddiffusionjobs")))[".metadata.name"]
     assert name["maxLength"] == 63 and "." not in name["pattern"]
+
+
+# ---- descriptions ----------------------------------------------------------------------------------------------
+
+PLURALS = ["privatedatasets", "privacyreleases", "federateddiffusionjobs"]
+
+
+def undescribed(schema: dict[str, Any]) -> list[str]:
+    """Properties without a description, or with one that only repeats their name; `metadata` is the server's own."""
+    return [
+        path
+        for path, name, part in _properties(schema)
+        if path != ".metadata" and not set(_words(part.get("description", ""))) - {*_words(name), "the", "a", "of"}
+    ]
+
+
+def _properties(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for name, part in schema.get("properties", {}).items():
+        yield f"{path}.{name}", name, part
+        yield from _properties(part, f"{path}.{name}")
+    if "items" in schema:
+        yield from _properties(schema["items"], f"{path}[]")
+
+
+def _words(text: str) -> list[str]:
+    """ "secretName of it" → secret, name, of, it."""
+    return re.findall(r"\w+", re.sub(r"([a-z])([A-Z])", r"\1 \2", text).lower())
+
+
+@pytest.mark.parametrize("plural", PLURALS)
+def test_every_field_at_every_depth_says_what_it_is(plural: str) -> None:
+    schema = _schema(plural)
+    assert len(schema["description"]) > 40 and len(list(_properties(schema))) > 20
+    assert undescribed(schema) == []
+
+
+@pytest.mark.parametrize("words", ["", "secretName", "The secret name.", "Name of the secret"])
+def test_a_field_that_says_nothing_is_noticed(words: str) -> None:
+    schema = copy.deepcopy(_schema("privatedatasets"))
+    schema["properties"]["spec"]["properties"]["store"]["properties"]["secretName"]["description"] = words
+    assert undescribed(schema) == [".spec.store.secretName"]
+
+
+@pytest.mark.parametrize("plural", PLURALS)
+def test_what_cannot_change_says_so(plural: str) -> None:
+    fixed = [node for _, node in _nodes(_schema(plural)) if "self == oldSelf" in str(node.get(RULES))]
+    assert [node["description"] for node in fixed if not re.search("cannot change|can change|never", _said(node))] == []
+
+
+RULES = "x-kubernetes-validations"
+
+
+def _said(node: dict[str, Any]) -> str:
+    return str(node["description"]).lower()
+
+
+def test_clients_are_a_list_of_distinct_names_in_a_fixed_order() -> None:
+    clients = dict(_nodes(_schema("federateddiffusionjobs")))[".spec.clients"]
+    assert (clients["x-kubernetes-list-type"], clients["x-kubernetes-list-map-keys"]) == ("map", ["name"])
+    rules = _rules("federateddiffusionjobs", ".spec.clients")
+    assert rules == ["self == oldSelf", "self.map(each, each.name) == oldSelf.map(each, each.name)"]
+
+
+@pytest.mark.parametrize("plural", PLURALS)
+def test_a_status_is_described_and_not_checked(plural: str) -> None:
+    """What a newer operator writes, or what somebody broke, has to be stored as it is."""
+    for path, node in _nodes(_schema(plural)["properties"]["status"]):
+        assert not node.keys() & {"required", "enum", "pattern", "maximum", "minimum", "maxItems", RULES}, path
+        assert node["type"] != "object" or node["x-kubernetes-preserve-unknown-fields"], path

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from feddiff_protocol import ledger
 from feddiff_protocol.accountant import Charge, charge_mu_squared, spent_epsilon
 from feddiff_protocol.api import BudgetSpec
+from feddiff_protocol.crd import definitions
 from feddiff_protocol.errors import SpecInvalid
 from feddiff_protocol.ledger import Account, Entry, Phase
 from feddiff_protocol.ledger_objects import (
@@ -260,3 +261,15 @@ def test_the_same_books_are_the_same_status_and_a_condition_keeps_its_time() -> 
 def test_a_status_that_is_no_mapping_is_replaced(status: object) -> None:
     found = {**dataset(), "status": status}
     assert conditions(dataset_status(found, books(), NOW))["Ready"] == "True Ready"
+
+
+def test_kubectl_explains_every_field_of_a_status() -> None:
+    def fields(plural: str) -> Object:
+        (version,) = definitions()[plural]["spec"]["versions"]
+        return dict(version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"])
+
+    status, known = dataset_status(dataset(), books(entry()), NOW), fields("privatedatasets")
+    assert set(status) == set(known) and set(status["budget"]) == set(known["budget"]["properties"])
+    assert all(set(each) == set(known["conditions"]["items"]["properties"]) for each in status["conditions"])
+    charged = replace(entry(), phase=Phase.CHARGED, manifest_sha256="ab")
+    assert set(with_status_of({}, charged)["status"]) == set(fields("privacyreleases"))

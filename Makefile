@@ -37,8 +37,10 @@ kube: $(VENV)/.dev
 images: $(VENV)/.dev
 	@PYTHON="$(abspath $(BIN))/python" tests/cluster/images.sh
 
+# The definitions of our kinds and the page about them, from the types.
 crds: $(VENV)/.dev
 	$(BIN)/python -m feddiff.crds crds
+	$(BIN)/python docs/generate.py
 
 # install.yaml and the chart's table of values, from the chart; after every change of the kinds, too.
 manifests: crds kube

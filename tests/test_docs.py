@@ -3,6 +3,8 @@
 Every check returns what is wrong; each is also run on a text made wrong on purpose and must find that.
 """
 
+import copy
+import importlib.util
 import inspect
 import re
 import shutil
@@ -241,6 +243,45 @@ def test_a_wrong_table_of_exit_codes_is_noticed(right: str, wrong: str) -> None:
 def test_help_names_the_codes_of_the_table() -> None:
     in_table = {int(code) for code in re.findall(r"^\| (\d+) \|", EXIT_CODES, flags=re.MULTILINE)}
     assert {int(code) for code in re.findall(r"\b(\d+) [a-z]", command.EXIT_CODES)} == in_table
+
+
+# ---- api.md ----------------------------------------------------------------------------------------------------
+
+specification = importlib.util.spec_from_file_location("generate_api", DOCS / "generate.py")
+assert specification and specification.loader
+generate = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(generate)
+
+
+def test_the_api_reference_is_what_the_types_give() -> None:
+    assert (DOCS / "api.md").read_text() == generate.page(), "run `make crds`"
+
+
+def test_a_changed_type_changes_the_api_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = copy.deepcopy(generate.definitions())
+    (version,) = changed["federateddiffusionjobs"]["spec"]["versions"]
+    version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["backoffLimit"]["maximum"] = 7
+    before = generate.page()
+    monkeypatch.setattr(generate, "definitions", lambda: changed)
+    assert set(generate.page().splitlines()) - set(before.splitlines()) == {
+        "| `spec.backoffLimit` | integer, 0 to 7 | `3` | yes | failures of one stage, after which no further attempt"
+        " follows; interruptions do not count |"
+    }
+
+
+def fields_that_change(kind: str) -> dict[str, str]:
+    (section,) = re.findall(rf"^## {kind}\n(.*?)^### Rules", (DOCS / "api.md").read_text(), re.MULTILINE | re.DOTALL)
+    rows = [line.replace("\\|", "").split("|") for line in section.splitlines() if line.startswith("| `spec")]
+    return {cells[1].strip(" `"): cells[4].strip() for cells in rows}
+
+
+def test_the_api_reference_says_what_may_change() -> None:
+    job, dataset = fields_that_change("FederatedDiffusionJob"), fields_that_change("PrivateDataset")
+    assert job["spec.suspend"] == dataset["spec.access[].maxEpsilon"] == "yes"
+    assert {value for path, value in job.items() if path.startswith(("spec.privacy", "spec.clients"))} == {"no"}
+    assert job["spec.shared.resources"] == "while suspended"
+    assert (dataset["spec.budget.epsilon"], dataset["spec.budget.delta"]) == ("raised only", "no")
+    assert set(fields_that_change("PrivacyRelease").values()) == {"no"}
 
 
 # ---- links -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from feddiff_protocol.plan import (
     Hold,
     JobPhase,
     Observed,
+    Reason,
     Reserve,
     StageKey,
     StageObserved,
@@ -302,12 +303,14 @@ class _Engine:
     def _seen_at_end(self, process: StageProcess) -> StageObserved:
         if done := self._succeeded(process.key, process.attempt):
             return done
-        failures, code = self.stages[process.key].num_failures, process.exit_code()
-        stopped = process.asked_to_stop_at is not None and not process.stop_reason
-        if stopped or (code == INTERRUPTED and not process.stop_reason):
-            return StageObserved(StagePhase.STOPPED, process.attempt, failures, code)
-        message = process.stop_reason or process.message() or "ended without a receipt"
-        return StageObserved(StagePhase.FAILED, process.attempt, failures + 1, code or OUR_BUG, message)
+        failures, code, attempt = self.stages[process.key].num_failures, process.exit_code(), process.attempt
+        if process.stop_reason:  # whatever it left with, having saved its work or not: it took too long
+            late = Reason.STAGE_DEADLINE_EXCEEDED
+            return StageObserved(StagePhase.FAILED, attempt, failures + 1, TOO_LATE, process.stop_reason, reason=late)
+        if process.asked_to_stop_at is not None or code == INTERRUPTED:
+            return StageObserved(StagePhase.STOPPED, attempt, failures, code)
+        message = process.message() or "ended without a receipt"
+        return StageObserved(StagePhase.FAILED, attempt, failures + 1, code or OUR_BUG, message)
 
     # -- the end
 
@@ -344,9 +347,9 @@ class _Engine:
         return next(iter([*whole_job, *(key for key in lost if key[1] in status.dropped)]), None)
 
     def _failure_code(self, reason: str, key: StageKey | None) -> int:
-        if reason == "PrivacyBudgetExceeded":
+        if reason == Reason.PRIVACY_BUDGET_EXCEEDED:
             return PRIVACY_REFUSED
-        if reason == "ReleaseDeadlineExceeded":
+        if reason in (Reason.RELEASE_DEADLINE_EXCEEDED, Reason.STAGE_DEADLINE_EXCEEDED):
             return TOO_LATE
         code = self.stages[key].exit_code if key else None
         return code if code in FINAL_EXIT_CODES | RETRIED_EXIT_CODES else OUR_BUG

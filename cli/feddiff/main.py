@@ -195,7 +195,11 @@ def run(
             command_line=shlex.join(["feddiff", *sys.argv[1:]]),
             stop_requested=stop_requested,
         )
-        outcome = run_job(job, run_folder, setting)
+        try:
+            outcome = run_job(job, run_folder, setting)
+        except FeddiffError as error:
+            _tell_stop(error, run_folder.path, as_json)
+            raise
     _tell_outcome(outcome, run_folder.path, files, as_json)
 
 
@@ -215,6 +219,14 @@ def _stop_requests() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _tell_stop(error: FeddiffError, folder: Path, as_json: bool) -> None:
+    """The last event of a run that did not come to its end."""
+    from .progress import json_logger
+
+    if as_json:
+        json_logger().info("stopped", folder=str(folder), exitCode=error.exit_code, message=str(error))
 
 
 def _tell_outcome(outcome: "Outcome", folder: Path, files: list[Path], as_json: bool) -> None:

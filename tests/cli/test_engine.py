@@ -211,13 +211,19 @@ def test_at_the_release_deadline_the_quorum_counts_and_the_late_client_is_stoppe
     assert outcome.status.counted == ("a",)
 
 
-def test_a_stage_that_runs_too_long_is_stopped_with_a_reason(world: Any) -> None:
+@pytest.mark.parametrize("stage", [Stage.TRAIN_SHARED, Stage.EVALUATE])
+@pytest.mark.parametrize("end", ["exec sleep 600", "trap 'exit 75' TERM; while :; do sleep 0.01; done"])
+def test_a_stage_that_runs_too_long_is_stopped_with_a_reason(world: Any, stage: Stage, end: str) -> None:
+    """With 69, whether it saves its work, which would be 75, or not."""
+
     def slow(spec: Any) -> str | None:
-        return "exec sleep 600" if spec.stage is Stage.EVALUATE else None
+        return end if spec.stage is stage else None
 
     outcome = world.run(world.job(deadlines={"stageSeconds": 50}, backoffLimit=0), world.stages(slow))
     assert outcome.status.phase is JobPhase.FAILED
     assert "deadlines.stageSeconds = 50" in outcome.message
+    assert outcome.status.condition("Failed").reason == "StageDeadlineExceeded"
+    assert outcome.exit_code == 69
 
 
 def test_a_suspended_job_starts_nothing(world: Any) -> None:

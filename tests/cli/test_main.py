@@ -154,7 +154,9 @@ def test_a_failed_run_says_what_failed_and_where_to_read(feddiff: Any, world: An
     assert "Failed: ClientsLost" in out
 
 
-def test_ctrl_c_stops_the_run_and_says_how_to_go_on(world: Any) -> None:
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_signal_stops_the_run_which_says_how_to_go_on(world: Any, as_json: bool) -> None:
+    json_option = ["--json"] if as_json else []
     script = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -166,16 +168,22 @@ engine.Setting = lambda **given: setting(stage_command=slow, **given)
 main.main()
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "run", str(world.job_file()), "--dir", str(world.path / "run")],
+        [sys.executable, "-c", script, "run", str(world.job_file()), "--dir", str(world.path / "run"), *json_option],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stderr is not None
-    while "stage-started" not in process.stderr.readline():
+    events = process.stdout if as_json else process.stderr
+    assert events is not None
+    while "stage-started" not in events.readline():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    process.send_signal(signal.SIGTERM if as_json else signal.SIGINT)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 75
+    said = [json.loads(line) for line in out.splitlines()]
+    last = [(each["event"], each["exitCode"], each["message"]) for each in said if "exitCode" in each]
+    assert last == [("stopped", 75, "stopped; run the same command again to go on")][: len(json_option)]
+    assert not as_json or said[-1]["event"] == "stopped"
     assert "feddiff: stopped; run the same command again to go on" in err
     assert "Traceback" not in err
 

@@ -157,8 +157,8 @@ def deadlines(job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable
     said how it ended only waits for its controller."""
     found, by_job = [], pods_by_job(pods)
     for each in jobs:
-        annotations, own = _annotations(each), _pods_of(each, by_job.get(_name(each), []))
-        over = _finished(each) or STOPPED in annotations or RECEIPT in annotations or bool(_said(each, own))
+        own = _pods_of(each, by_job.get(_name(each), []))
+        over = is_over(each) or RECEIPT in _annotations(each) or bool(_said(each, own))
         if not over and not _suspended(each) and (deadline := _deadline(job, each, own)) is not None:
             found.append(deadline)
     return found
@@ -179,7 +179,7 @@ def waiting(jobs: Iterable[Object], pods: Iterable[Object], now: datetime | None
     said: dict[tuple[str, str], list[str]] = {}
     by_job = pods_by_job(pods)
     for job in sorted(jobs, key=_name):
-        if _finished(job) or STOPPED in _annotations(job):
+        if is_over(job):
             continue
         if words := _hindrance(job, _pods_of(job, by_job.get(_name(job), [])), now):
             stage, client = _key(job)
@@ -615,12 +615,17 @@ def _suspended(job: Object) -> bool:
     return bool(job["spec"].get("suspend"))
 
 
+def is_over(job: Object) -> bool:
+    """Whether the batch Job has ended, or we have stopped it and nobody lets it go on; a pod may still be ending."""
+    return _finished(job) or (STOPPED in _annotations(job) and _suspended(job))
+
+
 def _finished(job: Object) -> bool:
     return _condition(job, "Complete") is not None or _condition(job, "Failed") is not None
 
 
 def _condition(thing: Object, kind: str, status: str = "True") -> Object | None:
-    conditions: list[Object] = thing.get("status", {}).get("conditions") or []
+    conditions: list[Object] = (thing.get("status") or {}).get("conditions") or []
     return next((each for each in conditions if each.get("type") == kind and each.get("status") == status), None)
 
 

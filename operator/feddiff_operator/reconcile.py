@@ -58,6 +58,7 @@ from .observe import (
     children_of,
     client_observed,
     deadlines,
+    is_over,
     misfit,
     overdue,
     pods_by_job,
@@ -269,7 +270,7 @@ class Reconciler:
         asked += [ChargeReservation(client) for client in charges if all(rehearsals)]
         answers = await asyncio.gather(*(self._ask(scene, action) for action in asked))
         for action in decision.actions:
-            if isinstance(action, Stop):
+            if isinstance(action, Stop) and not _left_running(scene, decision, action):
                 await self._stop(scene, action)
         if asked or charges:
             news = self.hindrances.get(scene.uid, ()) != known or self.refused.get(scene.uid, {}) != refused
@@ -303,8 +304,6 @@ class Reconciler:
 
     async def _stop(self, scene: "_Scene", action: Stop) -> None:
         """Every attempt of the stage is suspended."""
-        if scene.job.spec.clean_pod_policy == "None" and not scene.job.spec.suspend and scene.counted:
-            return
         for child in scene.running(action.stage, action.client):
             metadata = child["metadata"]
             reason = "Suspended" if scene.job.spec.suspend else "NotNeeded"
@@ -428,7 +427,7 @@ class Reconciler:
         of_owners = [each["dataset"].get("namespace", "default") for each in found["spec"].get("clients") or []]
         places = [(kind, each) for kind in (JOB, CONFIG_MAP) for each in sorted({own, *of_owners})]
         left = [await self._delete_in(found, kind, namespace, uid) for kind, namespace in [*places, (SERVICE, own)]]
-        return any(left) or any(not _is_over(each) for each in children.jobs_of(uid))
+        return any(left) or any(not is_over(each) for each in children.jobs_of(uid))
 
     async def _delete_in(self, found: Object, kind: Kind, namespace: str, uid: str) -> bool:
         """The same in one namespace. An owner who has taken our rights away does not hold the job back: what still
@@ -452,7 +451,7 @@ class Reconciler:
             await self._delete_children(found, children)
         elif policy == "Running":
             for child in children.jobs_of(uid):
-                if not _is_over(child):
+                if not is_over(child):
                     metadata = child["metadata"]
                     await self._suspend(metadata["namespace"], metadata["name"], {STOPPED: "NotNeeded"})
         return await self._expire(found)
@@ -509,19 +508,21 @@ class _Scene:
             for child in self.jobs
             if _stage_of(child) is stage
             and child["metadata"]["labels"].get(CLIENT, "") == client
-            and not _is_over(child)
+            and not is_over(child)
         ]
+
+
+def _left_running(scene: _Scene, decision: Plan, stop: Stop) -> bool:
+    """Whether cleanPodPolicy None leaves the stage alone: the job has ended, and it was part of it to the end. What
+    was late or dropped is stopped all the same, and so is a release that will never count."""
+    ends = decision.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED)
+    took_part = scene.counted and stop.client in ("", *scene.counted) and stop.client not in decision.status.dropped
+    spec = scene.job.spec
+    return bool(ends and took_part) and spec.clean_pod_policy == "None" and not spec.suspend
 
 
 def _stage_of(child: Object) -> Stage:
     return Stage(child["metadata"]["labels"][STAGE])
-
-
-def _is_over(child: Object) -> bool:
-    """Whether the Job has ended, or we have stopped it."""
-    conditions = child.get("status", {}).get("conditions") or []
-    finished = any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in conditions)
-    return finished or STOPPED in (child["metadata"].get("annotations") or {})
 
 
 def _charged(releases: Iterable[Object]) -> Iterator[Entry]:

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.kubelet import receipt_of
 from fake_cluster import Killed, Mortal, Platform, SeenChildren, no_sleep
-from feddiff_operator import workloads
+from feddiff_operator import reconcile, workloads
 from feddiff_operator.cluster import CONFIG_MAP, FDJ, JOB, PDS, POD, PRL, SERVICE, Invalid, Refused
 from feddiff_operator.ledger import ClusterLedger
 from feddiff_operator.metrics import Metrics
@@ -319,6 +319,72 @@ def test_an_ended_job_is_deleted_when_its_time_has_passed() -> None:
     asyncio.run(story())
     assert [entry.phase for entry in world.entries()] == ["Charged", "Charged"]
     assert world.platform.peek(JOB) == []
+
+
+def running(world: World) -> set[tuple[str, str]]:
+    """Stage and client of every pod that runs."""
+    labels = [each["metadata"]["labels"] for each in world.platform.peek(POD) if each["status"]["phase"] == "Running"]
+    return {(each["feddiff.dev/stage"], each.get("feddiff.dev/client", "")) for each in labels}
+
+
+async def runs_with_a_late_client(world: World) -> Reconciler:
+    """The shared denoiser is trained on a's release; b's came too late."""
+    operator = world.operator()
+    await world.go_on(operator, lambda: ("train-shared", "") in running(world))
+    for _ in range(3):
+        await world.look(operator)
+        world.platform.live(world.now)
+    return operator
+
+
+def late_b(pod: Object, child: Object) -> bool:
+    """b never releases, and no training ends."""
+    labels = child["metadata"]["labels"]
+    return (labels["feddiff.dev/stage"], labels.get("feddiff.dev/client")) != ("release", "a")
+
+
+LATE: Object = {"quorum": 1, "deadlines": {"releaseSeconds": 60}, "cleanPodPolicy": "None"}
+
+
+def test_a_late_clients_pods_are_stopped_whatever_the_clean_pod_policy_says() -> None:
+    world = World(lambda pod, child: None if late_b(pod, child) else world.good(pod, child), **LATE)
+    asyncio.run(runs_with_a_late_client(world))
+    assert world.status["counted"] == ["a"]
+    assert running(world) == {("train-shared", ""), ("train-personal", "a")}
+
+
+def test_a_policy_that_spared_late_clients_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: the policy for jobs that have ended, asked of one that goes on."""
+    monkeypatch.setattr(reconcile, "_left_running", lambda scene, decision, stop: bool(scene.counted))
+    world = World(lambda pod, child: None if late_b(pod, child) else world.good(pod, child), **LATE)
+    asyncio.run(runs_with_a_late_client(world))
+    assert ("release", "b") in running(world)
+
+
+@pytest.mark.parametrize(("policy", "left"), [("None", {("train-personal", "a")}), ("Running", set())])
+def test_only_what_took_part_to_the_end_goes_on_after_it_and_only_where_the_policy_says_so(
+    policy: str, left: set[tuple[str, str]]
+) -> None:
+    failing = {"train-shared": False}
+
+    def outcome(pod: Object, child: Object) -> tuple[int, str] | None:
+        if child["metadata"]["labels"]["feddiff.dev/stage"] == "train-shared" and failing["train-shared"]:
+            return 65, ""
+        return None if late_b(pod, child) else world.good(pod, child)
+
+    world = World(outcome, **{**LATE, "cleanPodPolicy": policy})
+
+    async def story() -> None:
+        operator = await runs_with_a_late_client(world)
+        failing["train-shared"] = True
+        await world.go_on(operator, world.ended)
+        for _ in range(3):
+            await world.look(operator)
+            world.platform.live(world.now)
+
+    asyncio.run(story())
+    assert world.status["phase"] == "Failed"
+    assert running(world) == left
 
 
 class Refusing:

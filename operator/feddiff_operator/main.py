@@ -29,7 +29,7 @@ from feddiff_protocol.errors import ConfigurationInvalid
 
 from . import health
 from .children import Children, Seen, Shelf, owner_of
-from .cluster import FDJ, JOB, PDS, POD, PRL, Answer, Cluster, Conflict, Kind, Object, Objects, Unavailable
+from .cluster import FDJ, JOB, PDS, POD, PRL, Cluster, Conflict, Kind, Object, Observe, Unavailable
 from .events import Recorder
 from .lease import Election
 from .ledger import ClusterLedger
@@ -84,14 +84,13 @@ async def _operate(settings: Settings, make_reconciler: MakeReconciler) -> int:
     metrics, progress = Metrics(), Progress()
     try:
         path = os.environ.get("KUBECONFIG") or None
-        cluster = await _Measured.from_kubeconfig(path, settings.api_qps, settings.api_burst)
-        elections = await _Measured.from_kubeconfig(path, LEASE_QPS, LEASE_BURST)
+        work = _observer(metrics, progress)
+        cluster = await Cluster.from_kubeconfig(path, settings.api_qps, settings.api_burst, work)
+        elections = await Cluster.from_kubeconfig(path, LEASE_QPS, LEASE_BURST, _observer(metrics))
     except (ConfigException, OSError) as error:
         raise ConfigurationInvalid(
             f"expected KUBECONFIG to name a file, or a service account's token in this pod: {error}"
         ) from None
-    cluster.measure(metrics, progress)
-    elections.measure(metrics, Progress())
     async with cluster, elections:
         recorder = Recorder(cluster)
         reconciler = make_reconciler(cluster, settings, recorder, metrics)
@@ -122,28 +121,15 @@ class Progress:
         return time.monotonic() - self._at
 
 
-class _Measured(Cluster):
-    """A Cluster whose requests are counted and timed, the wait for the rate limit included."""
+def _observer(metrics: Metrics, progress: Progress | None = None) -> Observe:
+    """Every request is counted and timed; an answer is progress."""
 
-    def measure(self, metrics: Metrics, progress: Progress) -> None:
-        self._metrics, self._progress = metrics, progress
+    def observe(method: str, path: str, status: int | None, seconds: float) -> None:
+        metrics.api_request(verb_of(URL(path), method), path, str(status or "none"), seconds)
+        if progress is not None and status is not None:
+            progress.made()
 
-    async def _call(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None = None,
-        body: Object | Objects | None = None,
-        content_type: str = "application/json",
-    ) -> Answer:
-        began, code = time.monotonic(), "none"
-        try:
-            answer = await super()._call(method, path, query, body, content_type)
-            code = str(answer.status)
-            self._progress.made()
-            return answer
-        finally:
-            self._metrics.api_request(verb_of(URL(path), method), path, code, time.monotonic() - began)
+    return observe
 
 
 class Operator:

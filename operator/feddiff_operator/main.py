@@ -33,7 +33,7 @@ from .cluster import FDJ, JOB, PDS, POD, PRL, Cluster, Conflict, Kind, Object, O
 from .events import Recorder
 from .lease import Election
 from .ledger import ClusterLedger
-from .metrics import JobFacts, Metrics, dataset_facts
+from .metrics import Metrics, dataset_facts, job_facts
 from .queue import WorkQueue
 from .reconcile import Reconciler
 from .settings import Settings
@@ -64,7 +64,7 @@ class Reconciles(Protocol):
     """One look at one object; answers in how many seconds it wants to look again, None: when something happens."""
 
     async def job(self, namespace: str, name: str, children: Children) -> float | None: ...
-    async def dataset(self, namespace: str, name: str) -> float | None: ...
+    async def dataset(self, namespace: str, name: str, children: Children | None = None) -> float | None: ...
 
 
 MakeReconciler = Callable[[Cluster, Settings, Recorder, Metrics], Reconciles]
@@ -165,7 +165,9 @@ class Operator:
         }
         metrics.gauge("reconcile_queue_depth", "Objects that wait for a worker", lambda: self._queue.depth)
         metrics.gauge("reconcile_queue_oldest_seconds", "Longest of these waits", lambda: self._queue.oldest_seconds)
-        metrics.states(lambda: seen.jobs, lambda: map(dataset_facts, seen.datasets), self._watches.silent_seconds)
+        metrics.states(
+            lambda: map(job_facts, seen.jobs), lambda: map(dataset_facts, seen.datasets), self._watches.silent_seconds
+        )
 
     async def run(self) -> int:
         """Until a signal (0), or until a part of it fails."""
@@ -232,14 +234,14 @@ class Operator:
                 self._queue.wake(key, self._settings.resync_seconds * turn / len(keys))
 
     def _keys(self) -> list[Key]:
-        jobs = [Key(FDJ.name, job.namespace, job.name) for job in self._seen.jobs]
+        jobs = [Key(FDJ.name, job.namespace, job.name) for job in map(job_facts, self._seen.jobs)]
         datasets = map(dataset_facts, self._seen.datasets)
         return jobs + [Key(PDS.name, dataset.namespace, dataset.name) for dataset in datasets]
 
     async def _reconcile(self, key: Key) -> float | None:
         async with asyncio.timeout(RECONCILE_SECONDS):
             if key.kind == PDS.name:
-                return await self._reconciler.dataset(key.namespace, key.name)
+                return await self._reconciler.dataset(key.namespace, key.name, self._seen)
             return await self._reconciler.job(key.namespace, key.name, self._seen)
 
     def _reconciled(self, key: Key, seconds: float, error: Exception | None) -> None:
@@ -310,9 +312,8 @@ class Operator:
     def _path(self, kind: Kind, namespace: str) -> str:
         return kind.path(namespace if self._settings.namespaces else None)
 
-    def _job_changed(self, now: JobFacts | None, before: JobFacts | None) -> None:
-        facts = now or before
-        assert facts is not None
+    def _job_changed(self, now: Object | None, before: Object | None) -> None:
+        facts = job_facts(now or before or {})
         self._queue.wake(Key(FDJ.name, facts.namespace, facts.name))
         if now is None:  # whatever it has reserved and not begun can be given back
             for where in facts.datasets:
@@ -323,7 +324,7 @@ class Operator:
         where = (facts.namespace, facts.name)
         self._queue.wake(Key(PDS.name, *where), DATASET_DELAY_SECONDS)
         if now is None or before is None or facts.may_admit_more_than(dataset_facts(before)):
-            for job in self._seen.jobs.of(where):
+            for job in map(job_facts, self._seen.jobs.of(where)):
                 if not job.ended:
                     self._queue.wake(Key(FDJ.name, job.namespace, job.name))
 

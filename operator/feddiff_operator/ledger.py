@@ -132,8 +132,10 @@ class ClusterLedger:
         cluster: Objects,
         clock: Callable[[], datetime],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        tell: Callable[[Object, Object], None] = lambda before, after: None,
     ) -> None:
         self._cluster, self._clock, self._sleep = cluster, clock, sleep
+        self._tell = tell  # of every dataset whose status was written, as it was read and as it is
         self.parsed = Once(_parsed, most=10_000)  # a dataset, or why it cannot be understood
         self.entry_of = Once(_entry, most=100_000)  # an entry, or why it cannot be understood
         # Spares this process conflicts with itself; nothing is safe because of it.
@@ -383,7 +385,9 @@ class ClusterLedger:
         status = dataset_status(state.object, _books(state), self._clock())
         if status == state.object.get("status"):
             return state
-        return replace(state, object=await self._cluster.replace_status(PDS, {**state.object, "status": status}))
+        written = await self._cluster.replace_status(PDS, {**state.object, "status": status})
+        self._tell(state.object, written)
+        return replace(state, object=written)
 
     async def _update(self, state: State, entry: Entry) -> State:
         """The state after one entry's status was replaced, if it changes at all. Raises Conflict."""

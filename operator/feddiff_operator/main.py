@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import aiohttp
@@ -34,6 +35,7 @@ from .events import Recorder
 from .lease import Election
 from .ledger import ClusterLedger
 from .metrics import Metrics, dataset_facts, job_facts
+from .news import tell
 from .queue import WorkQueue
 from .reconcile import Reconciler
 from .settings import Settings
@@ -99,7 +101,7 @@ async def _operate(settings: Settings, make_reconciler: MakeReconciler) -> int:
 
 def reconciler(cluster: Cluster, settings: Settings, recorder: Recorder, metrics: Metrics) -> Reconciles:
     """What carries jobs out and keeps ledgers."""
-    ledger = ClusterLedger(cluster, utc_now)
+    ledger = ClusterLedger(cluster, utc_now, tell=partial(tell, recorder))
     return Reconciler(cluster, ledger, settings, recorder, metrics, utc_now)
 
 

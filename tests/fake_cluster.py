@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from datetime import datetime
 from typing import Any
 
-from feddiff_operator.cluster import JOB, PDS, POD, PRL, AlreadyExists, Conflict, Kind
+from feddiff_operator.cluster import FDJ, JOB, PDS, POD, PRL, AlreadyExists, Conflict, Kind
 
 Object = dict[str, Any]
 Key = tuple[str, str, str]
@@ -238,8 +238,15 @@ class SeenChildren:
     def releases_of(self, uid: str) -> list[Object]:
         return [each for each in self.cluster.peek(PRL) if each["spec"]["job"]["uid"] == uid]
 
+    def job(self, namespace: str, name: str) -> Object | None:
+        return self.cluster.objects.get((FDJ.name, namespace, name))
+
     def dataset(self, namespace: str, name: str) -> Object | None:
         return self.cluster.objects.get((PDS.name, namespace, name))
+
+    def entries(self, namespace: str, name: str) -> list[Object]:
+        own = [each for each in self.cluster.peek(PRL) if each["metadata"]["namespace"] == namespace]
+        return [each for each in own if each["spec"]["dataset"]["name"] == name]
 
 
 # ---- Operators that die ------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ class Operator:
     async def _work(self, keys: Iterator[tuple[Kind, str, str]]) -> None:
         for kind, namespace, name in keys:
             if kind == PDS:
-                await self.reconciler.dataset(namespace, name)
+                await self.reconciler.dataset(namespace, name, self.seen)
             else:
                 while await self.reconciler.job(namespace, name, self.seen) == 0.0:
                     pass

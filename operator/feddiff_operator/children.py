@@ -4,6 +4,7 @@ A pod is 30 kB of Python objects, and most of them are a template that we wrote 
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,7 +17,12 @@ JOB_UID, JOB_NAME, JOB_NAMESPACE = "feddiff.dev/job-uid", "feddiff.dev/job", "fe
 
 
 class Children(Protocol):
-    """The children of one FederatedDiffusionJob, in every namespace."""
+    """What the watches have brought: jobs with their children in every namespace, datasets with their entries. It may
+    be late, so nothing is admitted, charged or started on its word alone."""
+
+    def job(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """A FederatedDiffusionJob."""
+        ...
 
     def jobs_of(self, uid: str) -> list[dict[str, Any]]:
         """Its batch Jobs, without spec.template and managedFields."""
@@ -35,7 +41,11 @@ class Children(Protocol):
         ...
 
     def dataset(self, namespace: str, name: str) -> dict[str, Any] | None:
-        """A PrivateDataset, its account left out."""
+        """A PrivateDataset."""
+        ...
+
+    def entries(self, namespace: str, name: str) -> list[dict[str, Any]]:
+        """The entries that bear the dataset's name, whatever its uid was then."""
         ...
 
 
@@ -101,13 +111,33 @@ def _place(body: Mapping[str, Any]) -> tuple[str, str]:
     return body["metadata"]["namespace"], body["metadata"]["uid"]
 
 
+class Once(Generic[V]):
+    """What an object means, worked out once for each of its versions. The least recently asked are forgotten."""
+
+    def __init__(self, work: Callable[[Mapping[str, Any]], V], most: int) -> None:
+        self._work, self._most = work, most
+        self._known: OrderedDict[str, tuple[str, V]] = OrderedDict()  # version and meaning, by uid
+
+    def __call__(self, body: Mapping[str, Any]) -> V:
+        uid, version = body["metadata"].get("uid"), body["metadata"].get("resourceVersion")
+        if not uid or not version:
+            return self._work(body)
+        known = self._known.pop(uid, None)
+        if known is None or known[0] != version:
+            known = version, self._work(body)
+        self._known[uid] = known
+        if len(self._known) > self._most:
+            self._known.popitem(last=False)
+        return known[1]
+
+
 class Seen:
-    """Everything that the watches have brought: the Children of every job, and the facts of jobs and datasets."""
+    """Everything that the watches have brought, found by whoever asks for it."""
 
     def __init__(self) -> None:
-        self.jobs = Shelf(job_facts, lambda body: job_facts(body).datasets)
-        self.datasets = Shelf(kept_dataset, lambda body: [_named(body)])
-        self.releases = Shelf(kept_release, lambda body: [((body.get("spec") or {}).get("job") or {}).get("uid")])
+        self.jobs = Shelf(kept, lambda body: [("job", *_named(body)), *job_facts(body).datasets])
+        self.datasets = Shelf(kept, lambda body: [_named(body)])
+        self.releases = Shelf(kept, _release_keys)
         self.child_jobs = Shelf(kept_job, lambda body: [_labels(body).get(JOB_UID), owner_of(body)])
         self.child_pods = Shelf(kept_pod, lambda body: [_labels(body).get(JOB_UID)])
 
@@ -123,8 +153,14 @@ class Seen:
     def releases_of(self, uid: str) -> list[dict[str, Any]]:
         return self.releases.of(uid)
 
+    def job(self, namespace: str, name: str) -> dict[str, Any] | None:
+        return next(iter(self.jobs.of(("job", namespace, name))), None)
+
     def dataset(self, namespace: str, name: str) -> dict[str, Any] | None:
         return next(iter(self.datasets.of((namespace, name))), None)
+
+    def entries(self, namespace: str, name: str) -> list[dict[str, Any]]:
+        return self.releases.of((namespace, name))
 
 
 def kept_job(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,21 +173,16 @@ def kept_pod(body: Mapping[str, Any]) -> dict[str, Any]:
     return _kept(body, spec={key: value for key, value in (body.get("spec") or {}).items() if key == "nodeName"})
 
 
-def kept_dataset(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A PrivateDataset as it is kept: everything but its account and managedFields."""
-    return _kept(body, status={key: value for key, value in (body.get("status") or {}).items() if key != "account"})
-
-
-def kept_release(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A PrivacyRelease as it is kept: everything but managedFields."""
+def kept(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A job, dataset or entry as it is kept: everything but managedFields."""
     return _kept(body)
 
 
 def _kept(body: Mapping[str, Any], **parts: Mapping[str, Any]) -> dict[str, Any]:
     metadata = {key: value for key, value in body["metadata"].items() if key != "managedFields"}
     whole = {"metadata": metadata, "spec": body.get("spec") or {}, "status": body.get("status") or {}, **parts}
-    kept: dict[str, Any] = _shared({"apiVersion": body.get("apiVersion", ""), "kind": body.get("kind", ""), **whole})
-    return kept
+    shared: dict[str, Any] = _shared({"apiVersion": body.get("apiVersion", ""), "kind": body.get("kind", ""), **whole})
+    return shared
 
 
 def _shared(value: Any) -> Any:
@@ -176,6 +207,12 @@ def owner_of(body: Mapping[str, Any]) -> tuple[str, str] | None:
 def _labels(body: Mapping[str, Any]) -> Mapping[str, str]:
     labels: Mapping[str, str] = body["metadata"].get("labels") or {}
     return labels
+
+
+def _release_keys(body: Mapping[str, Any]) -> list[Hashable]:
+    spec = body.get("spec") or {}
+    dataset = body["metadata"]["namespace"], (spec.get("dataset") or {}).get("name")
+    return [(spec.get("job") or {}).get("uid"), dataset]
 
 
 def _named(body: Mapping[str, Any]) -> tuple[str, str]:

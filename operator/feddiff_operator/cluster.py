@@ -74,23 +74,33 @@ PDS: Final = Kind("feddiff.dev/v1alpha1", "PrivateDataset", "privatedatasets")
 PRL: Final = Kind("feddiff.dev/v1alpha1", "PrivacyRelease", "privacyreleases")
 
 
+# Told of every request: method, path, the answer's status (None: no answer came) and seconds, the wait for the rate
+# limit included.
+Observe = Callable[[str, str, int | None, float], None]
+
+
+def unobserved(method: str, path: str, status: int | None, seconds: float) -> None:
+    """Nobody wants to know."""
+
+
 class Cluster:
     """One API server behind a rate limit. Close it, or use it as an async context manager."""
 
-    def __init__(self, client: ApiClient, qps: float, burst: int) -> None:
+    def __init__(self, client: ApiClient, qps: float, burst: int, observe: Observe = unobserved) -> None:
         self._client = client
         self._client.user_agent = FIELD_MANAGER
         self._bucket = TokenBucket(qps, burst)
+        self._observe = observe
 
     @classmethod
-    async def from_kubeconfig(cls, path: str | None, qps: float, burst: int) -> Self:
+    async def from_kubeconfig(cls, path: str | None, qps: float, burst: int, observe: Observe = unobserved) -> Self:
         """The cluster of a kubeconfig file, or with None the one this pod runs in."""
         configuration = Configuration()
         if path is None:
             config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         else:
             await config.load_kube_config(path, client_configuration=configuration, persist_config=False)  # type: ignore[no-untyped-call]
-        return cls(ApiClient(configuration), qps, burst)
+        return cls(ApiClient(configuration), qps, burst, observe)
 
     async def __aenter__(self) -> Self:
         return self
@@ -173,13 +183,24 @@ class Cluster:
         body: Object | Objects | None = None,
         content_type: str = "application/json",
     ) -> "Answer":
+        began, status = time.monotonic(), None
+        try:
+            answer = await self._answer(method, path, query or {}, body, content_type)
+            status = answer.status
+            return answer
+        finally:
+            self._observe(method, path, status, time.monotonic() - began)
+
+    async def _answer(
+        self, method: str, path: str, query: Mapping[str, str], body: Object | Objects | None, content_type: str
+    ) -> "Answer":
         await self._bucket.take()
         headers = {"Accept": "application/json", "Content-Type": content_type}
         try:
             request = await self._client.param_serialize(
                 method,
                 path,
-                query_params=list((query or {}).items()),
+                query_params=list(query.items()),
                 header_params=headers,
                 body=body,
                 auth_settings=["BearerToken"],  # reads a service account's token again when it was renewed

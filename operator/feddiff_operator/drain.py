@@ -37,7 +37,7 @@ from .cluster import (
     Refused,
     Unavailable,
 )
-from .observe import STOPPED
+from .observe import STOPPED, is_over
 from .reconcile import FINALIZER, MANAGER
 
 REASON = "Uninstalled"
@@ -111,14 +111,6 @@ def what_runs(share: Share) -> list[str]:
     """What may still run of one job, in words: pods, and Jobs that are to be suspended."""
     pods = [f"pod {_place(pod)}" for pod in share.pods if is_active(pod)]
     return pods or [f"Job {_place(child)}" for child in share.jobs if not is_over(child)]
-
-
-def is_over(child: Mapping[str, Any]) -> bool:
-    """Whether the Job has ended, or was stopped."""
-    conditions = (child.get("status") or {}).get("conditions") or []
-    finished = any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in conditions)
-    stopped = STOPPED in (child["metadata"].get("annotations") or {}) and child["spec"].get("suspend")
-    return finished or bool(stopped)
 
 
 def is_active(pod: Mapping[str, Any]) -> bool:

@@ -42,6 +42,7 @@ from feddiff_protocol.ledger_objects import (
 from feddiff_protocol.plan import Hold
 from feddiff_protocol.promise import promise_of
 
+from .children import Children, Once
 from .cluster import FDJ, PDS, PRL, AlreadyExists, Conflict, Kind, Unavailable
 
 Object = dict[str, Any]
@@ -131,8 +132,12 @@ class ClusterLedger:
         cluster: Objects,
         clock: Callable[[], datetime],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        tell: Callable[[Object, Object], None] = lambda before, after: None,
     ) -> None:
         self._cluster, self._clock, self._sleep = cluster, clock, sleep
+        self._tell = tell  # of every dataset whose status was written, as it was read and as it is
+        self.parsed = Once(_parsed, most=10_000)  # a dataset, or why it cannot be understood
+        self.entry_of = Once(_entry, most=100_000)  # an entry, or why it cannot be understood
         # Spares this process conflicts with itself; nothing is safe because of it.
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
@@ -159,26 +164,31 @@ class ClusterLedger:
         reference = _reference(job, client)
         return await self._alone(reference, lambda: self._reserve(reference, job, uid, client))
 
-    async def charge(self, job: FederatedDiffusionJob, uid: str, client: str) -> None:
-        """The entry is charged, for good. Raises PrivacyRefusal when that would not be safe."""
+    async def charge(self, job: FederatedDiffusionJob, uid: str, client: str) -> Entry:
+        """The entry, charged for good. Raises PrivacyRefusal when that would not be safe."""
         reference = _reference(job, client)
-        await self._alone(reference, lambda: self._charge(reference, job, uid, client))
+        return await self._alone(reference, lambda: self._charge(reference, job, uid, client))
 
     async def give_back(self, job: FederatedDiffusionJob, uid: str, client: str) -> None:
         """What the job had reserved and not charged is returned; a charged entry stays charged."""
         reference = _reference(job, client)
         await self._alone(reference, lambda: self._give_back(reference, uid, client))
 
-    async def record_manifest(self, job: FederatedDiffusionJob, uid: str, client: str, sha256: str) -> None:
-        """The entry says what left. Raises PrivacyRefusal when something else left before, or nothing was charged."""
+    async def record_manifest(
+        self, job: FederatedDiffusionJob, uid: str, client: str, sha256: str, entry: Entry | None = None
+    ) -> None:
+        """The entry says what left; `entry` is as a watch has shown it, only its name is believed. Raises
+        PrivacyRefusal when something else left before, or nothing was charged."""
         reference = _reference(job, client)
-        await self._alone(reference, lambda: self._record_manifest(reference, uid, client, sha256))
+        await self._alone(reference, lambda: self._record_manifest(reference, uid, client, sha256, entry))
 
-    async def tend(self, namespace: str, name: str) -> None:
+    async def tend(self, namespace: str, name: str, seen: Children | None = None) -> None:
         """The dataset's ledger is in order, and its status says so: a past is adopted, what others left half done is
-        finished, what belongs to jobs that are gone is given back. Nothing happens if all this is so already."""
+        finished, what belongs to jobs that are gone is given back. Nothing happens if all this is so already, and
+        nothing is read where the watches show it so: what they have yet to bring wakes the dataset again."""
         reference = DatasetReference(namespace=namespace, name=name)
-        await self._alone(reference, lambda: self._tend(reference))
+        if seen is None or not self._in_order(reference, seen):
+            await self._alone(reference, lambda: self._tend(reference))
 
     # ---- Reserve: ask the filter, write the reservation, create the entry, fold it
 
@@ -221,7 +231,7 @@ class ClusterLedger:
             unit=privacy.unit,
             epsilon=privacy.epsilon,
             delta=privacy.delta,
-            charge=_charge_of(privacy, job.spec.diffusion),
+            charge=charge_of(privacy, job.spec.diffusion),
             reserved_at=self._clock().isoformat(timespec="seconds"),
         )
 
@@ -251,11 +261,11 @@ class ClusterLedger:
 
     # ---- Charge, give back, manifest
 
-    async def _charge(self, reference: DatasetReference, job: FederatedDiffusionJob, uid: str, client: str) -> None:
+    async def _charge(self, reference: DatasetReference, job: FederatedDiffusionJob, uid: str, client: str) -> Entry:
         state = await self._read(reference)
         entry, pending = state.entry(uid, client), state.pending(uid, client)
         if entry is not None and entry.phase is Phase.CHARGED:
-            return
+            return entry
         if state.refusal or state.dataset is None:
             raise PrivacyRefusal(f"client {client} cannot be charged: {state.refusal}")
         epsilon = job.spec.privacy.epsilon
@@ -269,7 +279,9 @@ class ClusterLedger:
             raise PrivacyRefusal(f"client {client} cannot be charged: nothing is reserved with its dataset; start anew")
         if words := ledger.excess(state.budget, state.account):
             raise PrivacyRefusal(f"client {client} cannot be charged: {words}")
-        await self._update(state, ledger.charge(state.account, state.entries, entry))
+        charged = ledger.charge(state.account, state.entries, entry)
+        await self._update(state, charged)
+        return charged
 
     async def _give_back(self, reference: DatasetReference, uid: str, client: str) -> None:
         state = await self._read(reference)
@@ -280,14 +292,33 @@ class ClusterLedger:
             state = await self._update(state, ledger.give_back(entry))
         await self._fold(state)
 
-    async def _record_manifest(self, reference: DatasetReference, uid: str, client: str, sha256: str) -> None:
-        state = await self._read(reference)
-        entries = state.entries_of(uid, client)
-        if not entries:
-            raise PrivacyRefusal(f"client {client} has no entry in the ledger: a release without a charge; stop")
-        await self._update(state, ledger.record_manifest(entries[0], sha256))
+    async def _record_manifest(
+        self, reference: DatasetReference, uid: str, client: str, sha256: str, known: Entry | None
+    ) -> None:
+        release = await self._cluster.get(PRL, reference.namespace, known.name) if known else None
+        if release is None:
+            state = await self._read(reference)
+            if not (entries := state.entries_of(uid, client)):
+                raise PrivacyRefusal(f"client {client} has no entry in the ledger: a release without a charge; stop")
+            release = state.releases[entries[0].name]
+        entry = entry_of(release)
+        if (named := ledger.record_manifest(entry, sha256)) != entry:
+            await self._cluster.replace_status(PRL, with_status_of(release, named))
 
     # ---- Tend
+
+    def _in_order(self, reference: DatasetReference, seen: Children) -> bool:
+        """Whether the watches show a ledger about which nothing is to be done."""
+        found = seen.dataset(reference.namespace, reference.name)
+        if found is None:
+            return False
+        state = self._state(reference, found, seen.entries(reference.namespace, reference.name))
+        if state.account is None or state.account.pending or state.contradiction:
+            return False
+        reserved = [entry for entry in state.entries if entry.phase is Phase.RESERVED]
+        if not all(_goes_on(entry, seen.job(entry.job_namespace, entry.job_name)) for entry in reserved):
+            return False
+        return bool(dataset_status(found, _books(state), self._clock()) == found.get("status"))
 
     async def _tend(self, reference: DatasetReference) -> None:
         state = await self._read(reference)
@@ -311,10 +342,7 @@ class ClusterLedger:
         return state
 
     async def _is_over(self, entry: Entry) -> bool:
-        job = await self._cluster.get(FDJ, entry.job_namespace, entry.job_name)
-        if job is None or job["metadata"]["uid"] != entry.job_uid:
-            return True
-        return (job.get("status") or {}).get("phase") in ("Complete", "Failed")
+        return not _goes_on(entry, await self._cluster.get(FDJ, entry.job_namespace, entry.job_name))
 
     # ---- Read and write
 
@@ -323,12 +351,33 @@ class ClusterLedger:
         found = await self._cluster.get(PDS, reference.namespace, reference.name)
         listed = await self._cluster.list(PRL, reference.namespace)
         releases = [each for each in listed if each["spec"]["dataset"]["name"] == reference.name]
-        state = _state(reference, found, releases)
+        state = self._state(reference, found, releases)
         if state.contradiction and found is not None:
             now = await self._cluster.get(PDS, reference.namespace, reference.name)
             if now is None or now["metadata"]["resourceVersion"] != found["metadata"]["resourceVersion"]:
                 raise Conflict(f"dataset {reference.namespace}/{reference.name} changed while it was read")
         return state
+
+    def _state(self, reference: DatasetReference, found: Object | None, releases: list[Object]) -> State:
+        """What a dataset and the entries of its name say together."""
+        missing = f"dataset {reference.namespace}/{reference.name} does not exist"
+        dataset, problem = (None, missing) if found is None else self.parsed(found)
+        ordered = sorted(releases, key=lambda each: str(each["metadata"]["name"]))
+        read = [self.entry_of(each) for each in ordered]
+        unreadable = [each for each in read if isinstance(each, str)]
+        state = State(
+            namespace=reference.namespace,
+            name=reference.name,
+            object=found,
+            dataset=dataset,
+            dataset_problem=problem,
+            account=None,
+            entries=tuple(each for each in read if isinstance(each, Entry)),
+            releases={each["metadata"]["name"]: each for each in releases},
+            contradiction=unreadable[-1] if unreadable else "",
+            acknowledgeable=not unreadable,
+        )
+        return state if found is None else _with_account(state, found)
 
     async def _write(self, state: State) -> State:
         """The state after its dataset's status was replaced, if that changes anything. Raises Conflict."""
@@ -336,7 +385,9 @@ class ClusterLedger:
         status = dataset_status(state.object, _books(state), self._clock())
         if status == state.object.get("status"):
             return state
-        return replace(state, object=await self._cluster.replace_status(PDS, {**state.object, "status": status}))
+        written = await self._cluster.replace_status(PDS, {**state.object, "status": status})
+        self._tell(state.object, written)
+        return replace(state, object=written)
 
     async def _update(self, state: State, entry: Entry) -> State:
         """The state after one entry's status was replaced, if it changes at all. Raises Conflict."""
@@ -368,7 +419,8 @@ def _reference(job: FederatedDiffusionJob, client: str) -> DatasetReference:
 
 
 @lru_cache(maxsize=1024)  # the same for every client of a job, and a thousand steps of a schedule to compute
-def _charge_of(privacy: PrivacySpec, diffusion: DiffusionSpec) -> Charge:
+def charge_of(privacy: PrivacySpec, diffusion: DiffusionSpec) -> Charge:
+    """What one release of a job charges. Raises SpecInvalid when no split can keep the promise."""
     return promise_of(privacy, diffusion).charge
 
 
@@ -376,43 +428,26 @@ def _hold(entry: Entry | None) -> Hold:
     return Hold.NONE if entry is None else HOLD[entry.phase]
 
 
-def _state(reference: DatasetReference, found: Object | None, releases: list[Object]) -> State:
-    where = f"dataset {reference.namespace}/{reference.name}"
-    dataset, problem = None, f"{where} does not exist"
-    if found is not None:
-        dataset, problem = _parsed(found, where)
-    entries, unreadable = _entries(releases)
-    state = State(
-        namespace=reference.namespace,
-        name=reference.name,
-        object=found,
-        dataset=dataset,
-        dataset_problem=problem,
-        account=None,
-        entries=entries,
-        releases={each["metadata"]["name"]: each for each in releases},
-        contradiction=unreadable,
-        acknowledgeable=not unreadable,
-    )
-    return state if found is None else _with_account(state, found)
+def _goes_on(entry: Entry, job: Object | None) -> bool:
+    """Whether `job`, found under the name in the entry, is the entry's and has not ended."""
+    if job is None or job["metadata"]["uid"] != entry.job_uid:
+        return False
+    return (job.get("status") or {}).get("phase") not in ("Complete", "Failed")
 
 
-def _parsed(found: Object, where: str) -> tuple[PrivateDataset | None, str]:
+def _parsed(found: Mapping[str, Any]) -> tuple[PrivateDataset | None, str]:
+    metadata = found["metadata"]
     try:
-        return parse(PrivateDataset, found, where), ""
+        return parse(PrivateDataset, found, f"dataset {metadata['namespace']}/{metadata['name']}"), ""
     except SpecInvalid as error:
         return None, str(error)
 
 
-def _entries(releases: list[Object]) -> tuple[tuple[Entry, ...], str]:
-    """The entries in the order of their names, and which of them cannot be understood."""
-    entries, problem = [], ""
-    for release in sorted(releases, key=lambda each: str(each["metadata"]["name"])):
-        try:
-            entries.append(entry_of(release))
-        except SpecInvalid as error:
-            problem = str(error)
-    return tuple(entries), problem
+def _entry(release: Mapping[str, Any]) -> Entry | str:
+    try:
+        return entry_of(release)
+    except SpecInvalid as error:
+        return str(error)
 
 
 def _with_account(state: State, found: Object) -> State:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import aiohttp
@@ -29,11 +30,12 @@ from feddiff_protocol.errors import ConfigurationInvalid
 
 from . import health
 from .children import Children, Seen, Shelf, owner_of
-from .cluster import FDJ, JOB, PDS, POD, PRL, Answer, Cluster, Conflict, Kind, Object, Objects, Unavailable
+from .cluster import FDJ, JOB, PDS, POD, PRL, Cluster, Conflict, Kind, Object, Observe, Unavailable
 from .events import Recorder
 from .lease import Election
 from .ledger import ClusterLedger
-from .metrics import JobFacts, Metrics, dataset_facts
+from .metrics import Metrics, dataset_facts, job_facts
+from .news import tell
 from .queue import WorkQueue
 from .reconcile import Reconciler
 from .settings import Settings
@@ -64,7 +66,7 @@ class Reconciles(Protocol):
     """One look at one object; answers in how many seconds it wants to look again, None: when something happens."""
 
     async def job(self, namespace: str, name: str, children: Children) -> float | None: ...
-    async def dataset(self, namespace: str, name: str) -> float | None: ...
+    async def dataset(self, namespace: str, name: str, children: Children | None = None) -> float | None: ...
 
 
 MakeReconciler = Callable[[Cluster, Settings, Recorder, Metrics], Reconciles]
@@ -84,14 +86,13 @@ async def _operate(settings: Settings, make_reconciler: MakeReconciler) -> int:
     metrics, progress = Metrics(), Progress()
     try:
         path = os.environ.get("KUBECONFIG") or None
-        cluster = await _Measured.from_kubeconfig(path, settings.api_qps, settings.api_burst)
-        elections = await _Measured.from_kubeconfig(path, LEASE_QPS, LEASE_BURST)
+        work = _observer(metrics, progress)
+        cluster = await Cluster.from_kubeconfig(path, settings.api_qps, settings.api_burst, work)
+        elections = await Cluster.from_kubeconfig(path, LEASE_QPS, LEASE_BURST, _observer(metrics))
     except (ConfigException, OSError) as error:
         raise ConfigurationInvalid(
             f"expected KUBECONFIG to name a file, or a service account's token in this pod: {error}"
         ) from None
-    cluster.measure(metrics, progress)
-    elections.measure(metrics, Progress())
     async with cluster, elections:
         recorder = Recorder(cluster)
         reconciler = make_reconciler(cluster, settings, recorder, metrics)
@@ -100,7 +101,7 @@ async def _operate(settings: Settings, make_reconciler: MakeReconciler) -> int:
 
 def reconciler(cluster: Cluster, settings: Settings, recorder: Recorder, metrics: Metrics) -> Reconciles:
     """What carries jobs out and keeps ledgers."""
-    ledger = ClusterLedger(cluster, utc_now)
+    ledger = ClusterLedger(cluster, utc_now, tell=partial(tell, recorder))
     return Reconciler(cluster, ledger, settings, recorder, metrics, utc_now)
 
 
@@ -122,28 +123,15 @@ class Progress:
         return time.monotonic() - self._at
 
 
-class _Measured(Cluster):
-    """A Cluster whose requests are counted and timed, the wait for the rate limit included."""
+def _observer(metrics: Metrics, progress: Progress | None = None) -> Observe:
+    """Every request is counted and timed; an answer is progress."""
 
-    def measure(self, metrics: Metrics, progress: Progress) -> None:
-        self._metrics, self._progress = metrics, progress
+    def observe(method: str, path: str, status: int | None, seconds: float) -> None:
+        metrics.api_request(verb_of(URL(path), method), path, str(status or "none"), seconds)
+        if progress is not None and status is not None:
+            progress.made()
 
-    async def _call(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None = None,
-        body: Object | Objects | None = None,
-        content_type: str = "application/json",
-    ) -> Answer:
-        began, code = time.monotonic(), "none"
-        try:
-            answer = await super()._call(method, path, query, body, content_type)
-            code = str(answer.status)
-            self._progress.made()
-            return answer
-        finally:
-            self._metrics.api_request(verb_of(URL(path), method), path, code, time.monotonic() - began)
+    return observe
 
 
 class Operator:
@@ -179,7 +167,9 @@ class Operator:
         }
         metrics.gauge("reconcile_queue_depth", "Objects that wait for a worker", lambda: self._queue.depth)
         metrics.gauge("reconcile_queue_oldest_seconds", "Longest of these waits", lambda: self._queue.oldest_seconds)
-        metrics.states(lambda: seen.jobs, lambda: map(dataset_facts, seen.datasets), self._watches.silent_seconds)
+        metrics.states(
+            lambda: map(job_facts, seen.jobs), lambda: map(dataset_facts, seen.datasets), self._watches.silent_seconds
+        )
 
     async def run(self) -> int:
         """Until a signal (0), or until a part of it fails."""
@@ -246,14 +236,14 @@ class Operator:
                 self._queue.wake(key, self._settings.resync_seconds * turn / len(keys))
 
     def _keys(self) -> list[Key]:
-        jobs = [Key(FDJ.name, job.namespace, job.name) for job in self._seen.jobs]
+        jobs = [Key(FDJ.name, job.namespace, job.name) for job in map(job_facts, self._seen.jobs)]
         datasets = map(dataset_facts, self._seen.datasets)
         return jobs + [Key(PDS.name, dataset.namespace, dataset.name) for dataset in datasets]
 
     async def _reconcile(self, key: Key) -> float | None:
         async with asyncio.timeout(RECONCILE_SECONDS):
             if key.kind == PDS.name:
-                return await self._reconciler.dataset(key.namespace, key.name)
+                return await self._reconciler.dataset(key.namespace, key.name, self._seen)
             return await self._reconciler.job(key.namespace, key.name, self._seen)
 
     def _reconciled(self, key: Key, seconds: float, error: Exception | None) -> None:
@@ -324,9 +314,8 @@ class Operator:
     def _path(self, kind: Kind, namespace: str) -> str:
         return kind.path(namespace if self._settings.namespaces else None)
 
-    def _job_changed(self, now: JobFacts | None, before: JobFacts | None) -> None:
-        facts = now or before
-        assert facts is not None
+    def _job_changed(self, now: Object | None, before: Object | None) -> None:
+        facts = job_facts(now or before or {})
         self._queue.wake(Key(FDJ.name, facts.namespace, facts.name))
         if now is None:  # whatever it has reserved and not begun can be given back
             for where in facts.datasets:
@@ -337,7 +326,7 @@ class Operator:
         where = (facts.namespace, facts.name)
         self._queue.wake(Key(PDS.name, *where), DATASET_DELAY_SECONDS)
         if now is None or before is None or facts.may_admit_more_than(dataset_facts(before)):
-            for job in self._seen.jobs.of(where):
+            for job in map(job_facts, self._seen.jobs.of(where)):
                 if not job.ended:
                     self._queue.wake(Key(FDJ.name, job.namespace, job.name))
 

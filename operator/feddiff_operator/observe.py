@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -35,7 +36,6 @@ from .workloads import (
     STAGE,
     Setting,
     child_name,
-    child_namespace,
 )
 
 Object = Mapping[str, Any]
@@ -77,20 +77,20 @@ MEANING = {
 def children_of(job: FederatedDiffusionJob, uid: str, jobs: Iterable[Object]) -> list[Object]:
     """The batch Jobs that are the attempts of `job`: labels can be forged in any namespace, so name and namespace
     must be those that follow from what the labels say."""
-    clients = {"", *(client.name for client in job.spec.clients)}
-    return [each for each in jobs if _is_attempt(each, job, uid, clients)]
+    namespaces = {"": job.metadata.namespace, **{each.name: each.dataset.namespace for each in job.spec.clients}}
+    return [each for each in jobs if _is_attempt(each, uid, namespaces)]
 
 
-def _is_attempt(child: Object, job: FederatedDiffusionJob, uid: str, clients: set[str]) -> bool:
+def _is_attempt(child: Object, uid: str, namespaces: Mapping[str, str]) -> bool:
     labels = _labels(child)
     stage, client, attempt = labels.get(STAGE, ""), labels.get(CLIENT, ""), labels.get(ATTEMPT, "")
-    if stage not in set(Stage) or client not in clients or not re.fullmatch("[1-9][0-9]{0,8}", attempt):
+    if stage not in set(Stage) or client not in namespaces or not re.fullmatch("[1-9][0-9]{0,8}", attempt):
         return False
     whole_job = stage in (Stage.TRAIN_SHARED, Stage.REPORT)
     if labels.get(JOB_UID) != uid or whole_job != (client == ""):
         return False
     place = child["metadata"].get("namespace"), _name(child)
-    return place == (child_namespace(job, client), child_name(uid, Stage(stage), client, int(attempt)))
+    return place == (namespaces[client], child_name(uid, Stage(stage), client, int(attempt)))
 
 
 def stages_observed(jobs: Iterable[Object], pods: Iterable[Object], now: datetime) -> dict[StageKey, StageObserved]:
@@ -157,8 +157,8 @@ def deadlines(job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable
     said how it ended only waits for its controller."""
     found, by_job = [], pods_by_job(pods)
     for each in jobs:
-        annotations, own = _annotations(each), _pods_of(each, by_job.get(_name(each), []))
-        over = _finished(each) or STOPPED in annotations or RECEIPT in annotations or bool(_said(each, own))
+        own = _pods_of(each, by_job.get(_name(each), []))
+        over = is_over(each) or RECEIPT in _annotations(each) or bool(_said(each, own))
         if not over and not _suspended(each) and (deadline := _deadline(job, each, own)) is not None:
             found.append(deadline)
     return found
@@ -179,7 +179,7 @@ def waiting(jobs: Iterable[Object], pods: Iterable[Object], now: datetime | None
     said: dict[tuple[str, str], list[str]] = {}
     by_job = pods_by_job(pods)
     for job in sorted(jobs, key=_name):
-        if _finished(job) or STOPPED in _annotations(job):
+        if is_over(job):
             continue
         if words := _hindrance(job, _pods_of(job, by_job.get(_name(job), [])), now):
             stage, client = _key(job)
@@ -244,9 +244,9 @@ def _over(job: Object, pods: Sequence[Object], now: datetime) -> bool:
     status = job.get("status", {})
     if STOPPED in _annotations(job):
         gone = not status.get("active") and not status.get("terminating")
-        return _condition(job, "Suspended") is not None and (gone or zombies)
+        return condition_of(job, "Suspended") is not None and (gone or zombies)
     # The Job controller waits for a pod on a lost node for as long as the node is known.
-    return zombies and _condition(job, "FailureTarget") is not None
+    return zombies and condition_of(job, "FailureTarget") is not None
 
 
 def _ended(job: Object, number: int, record: Mapping[str, str]) -> StageObserved:
@@ -271,7 +271,7 @@ def _ended_at(job: Object) -> datetime:
     moments = [
         _time(condition["lastTransitionTime"])
         for kind in ("Complete", "Failed", "FailureTarget", "Suspended")
-        if (condition := _condition(job, kind)) is not None and condition.get("lastTransitionTime")
+        if (condition := condition_of(job, kind)) is not None and condition.get("lastTransitionTime")
     ]
     return max(moments, default=_time(job["metadata"].get("creationTimestamp", "1970-01-01T00:00:00Z")))
 
@@ -317,19 +317,26 @@ def _receipt(job: Object, text: str) -> tuple[Receipt | None, str]:
     """The receipt, if it is this attempt's; otherwise what is wrong. Nothing of a bad one is repeated."""
     if not text.strip():
         return None, "receipt missing"
-    try:
-        if len(text.encode()) > RECEIPT_BYTES:
-            raise ValueError
-        receipt = Receipt.model_validate(json.loads(text))
-    except (ValidationError, ValueError, RecursionError):
-        return None, "receipt malformed"
-    if (needed := OUTPUTS.get(receipt.stage)) and needed not in receipt.outputs:
+    receipt = _well_formed(text)
+    if receipt is None:
         return None, "receipt malformed"
     labels = _labels(job)
     own = (labels.get(STAGE), labels.get(JOB_UID), labels.get(CLIENT, ""), labels.get(ATTEMPT))
     if (receipt.stage.value, receipt.job_uid, receipt.client, str(receipt.attempt)) != own:
         return None, "receipt of another stage"
     return receipt, ""
+
+
+@lru_cache(maxsize=10_000)  # it stands on its Job until the end, and every look reads it
+def _well_formed(text: str) -> Receipt | None:
+    try:
+        if len(text.encode()) > RECEIPT_BYTES:
+            return None
+        receipt = Receipt.model_validate(json.loads(text))
+    except (ValidationError, ValueError, RecursionError):
+        return None
+    needed = OUTPUTS.get(receipt.stage)
+    return receipt if needed is None or needed in receipt.outputs else None
 
 
 def _exit_record(job: Object, pod: Object) -> dict[str, str]:
@@ -363,7 +370,7 @@ def _taken(pod: Object) -> str:
     its own doing and the same would happen again."""
     status = pod.get("status", {})
     reason, message = status.get("reason", ""), status.get("message", "")
-    disrupted = _condition(pod, "DisruptionTarget")
+    disrupted = condition_of(pod, "DisruptionTarget")
     if disrupted is not None:
         words = f"{disrupted.get('reason', '')}: {disrupted.get('message', '')}"
         return f"pod {_name(pod)} was taken away: {_cut(words)}"
@@ -489,7 +496,7 @@ def _takes_long(thing: Object, now: datetime | None) -> bool:
 def _pod_hindrance(pod: Object, now: datetime | None) -> str:
     if _phase(pod) != "Pending":
         return ""
-    scheduled = _condition(pod, "PodScheduled", status="False")
+    scheduled = condition_of(pod, "PodScheduled", status="False")
     if scheduled is not None:
         return _cut(f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}")
     held = _container_state(pod).get("waiting") or {}
@@ -615,12 +622,17 @@ def _suspended(job: Object) -> bool:
     return bool(job["spec"].get("suspend"))
 
 
+def is_over(job: Object) -> bool:
+    """Whether the batch Job has ended, or we have stopped it and nobody lets it go on; a pod may still be ending."""
+    return _finished(job) or (STOPPED in _annotations(job) and _suspended(job))
+
+
 def _finished(job: Object) -> bool:
-    return _condition(job, "Complete") is not None or _condition(job, "Failed") is not None
+    return condition_of(job, "Complete") is not None or condition_of(job, "Failed") is not None
 
 
-def _condition(thing: Object, kind: str, status: str = "True") -> Object | None:
-    conditions: list[Object] = thing.get("status", {}).get("conditions") or []
+def condition_of(thing: Object, kind: str, status: str = "True") -> Object | None:
+    conditions: list[Object] = (thing.get("status") or {}).get("conditions") or []
     return next((each for each in conditions if each.get("type") == kind and each.get("status") == status), None)
 
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
 from feddiff_protocol.errors import PrivacyRefusal, SpecInvalid
 from feddiff_protocol.ledger import Entry, Phase
-from feddiff_protocol.ledger_objects import entry_of
 from feddiff_protocol.plan import (
     ChargeReservation,
     ClientObserved,
@@ -37,7 +37,6 @@ from feddiff_protocol.plan import (
     plan,
     releases_that_count,
 )
-from feddiff_protocol.promise import promise_of
 from feddiff_protocol.stages import (
     AnyStageSpec,
     BudgetLine,
@@ -48,18 +47,33 @@ from feddiff_protocol.stages import (
     train_shared_spec,
 )
 
-from .children import Children
-from .cluster import CONFIG_MAP, FDJ, JOB, PDS, SERVICE, AlreadyExists, Cluster, Invalid, Kind, Object, Refused
+from .children import Children, Once
+from .cluster import (
+    CONFIG_MAP,
+    FDJ,
+    JOB,
+    PDS,
+    SERVICE,
+    AlreadyExists,
+    Cluster,
+    Conflict,
+    Invalid,
+    Kind,
+    Object,
+    Refused,
+)
 from .events import Recorder
-from .ledger import ClientLedger, ClusterLedger
+from .ledger import ClientLedger, ClusterLedger, charge_of
 from .metrics import Metrics
 from .observe import (
     STOPPED,
+    Deadline,
     children_of,
     client_observed,
+    condition_of,
     deadlines,
+    is_over,
     misfit,
-    overdue,
     pods_by_job,
     record_of,
     retry_at,
@@ -92,19 +106,28 @@ class Reconciler:
         self.cluster, self.ledger, self.recorder, self.metrics = cluster, ledger, recorder, metrics
         self.setting = Setting(settings.trainer_image)
         self.clock = clock
+        self.understood = Once(_understood, most=500)
+        # What a watch may not have shown yet: jobs that we have written or read ourselves, by namespace and name; and
+        # by job uid, clients that we have charged, and those whose ledgers refused what they had seemed to allow.
+        self.newer: dict[tuple[str, str], Object] = {}
+        self.charged: dict[str, dict[str, Entry]] = {}
+        self.doubted: dict[str, set[str]] = {}
         # What the API server said to our children, by job uid; after a restart it says so again.
         self.hindrances: dict[str, tuple[str, ...]] = {}  # and may say otherwise later
         self.refused: dict[str, dict[str, str]] = {}  # for good, by client ("" for the whole job's stages)
 
-    async def dataset(self, namespace: str, name: str) -> float | None:
-        """The dataset's ledger is tended, its status true."""
-        await self.ledger.tend(namespace, name)
+    async def dataset(self, namespace: str, name: str, children: Children | None = None) -> float | None:
+        """The dataset's ledger is tended, its status true. Without `children` everything is read anew."""
+        await self.ledger.tend(namespace, name, children)
         return None
 
     async def job(self, namespace: str, name: str, children: Children) -> float | None:
         """The job is one step further. Seconds until it wants to be looked at again; None: when something happens."""
-        found = await self.cluster.get(FDJ, namespace, name)
-        await self._remove_orphans(children.strangers(namespace, name, found["metadata"]["uid"] if found else ""))
+        found = await self._newest(namespace, name, children)
+        if strangers := children.strangers(namespace, name, found["metadata"]["uid"] if found else ""):
+            if found is not None and not await self._is_current(found):
+                return 0.0
+            await self._remove_orphans(strangers)
         if found is None:
             return None
         if found["metadata"].get("deletionTimestamp"):
@@ -114,16 +137,39 @@ class Reconciler:
         if ended(found):
             return await self._clean_up(found, children)
         found = await self._with_finalizer(found)
-        try:
-            job = parse(FederatedDiffusionJob, found, "job")
-            promise_of(job.spec.privacy, job.spec.diffusion)
-            places(job, "", {})
-            check_overlay(job.spec.shared.pod_template, "spec.shared.podTemplate")
-        except SpecInvalid as error:
-            reason = Reason.INVALID_POD_TEMPLATE if isinstance(error, InvalidPodTemplate) else Reason.INVALID_SPEC
-            await self._publish(found, not_accepted(reason, str(error)), Observed({}))
+        job = self.understood(found)
+        if isinstance(job, SpecInvalid):
+            reason = Reason.INVALID_POD_TEMPLATE if isinstance(job, InvalidPodTemplate) else Reason.INVALID_SPEC
+            await self._publish(found, not_accepted(reason, str(job)), Observed({}))
             return 0.0
         return await self._one_step(found, job, children)
+
+    # -- the job itself: what the watches show, unless we have written or read something newer
+
+    async def _newest(self, namespace: str, name: str, children: Children) -> Object | None:
+        """The newest version of the job that we know of; where no watch has shown it, as it is now."""
+        seen, ours = children.job(namespace, name), self.newer.get((namespace, name))
+        if seen is None:
+            self.newer.pop((namespace, name), None)
+            return await self.cluster.get(FDJ, namespace, name)
+        if ours is not None and ours["metadata"]["uid"] == seen["metadata"]["uid"] and _version(ours) > _version(seen):
+            return ours
+        self.newer.pop((namespace, name), None)
+        return seen
+
+    async def _is_current(self, found: Object) -> bool:
+        """Whether the job is still as it was found: asked before anything is charged, started, stopped or deleted on
+        its behalf, since a watch may be late. If not, the next look is at what it is now."""
+        metadata = found["metadata"]
+        now = await self.cluster.get(FDJ, metadata["namespace"], metadata["name"])
+        if now is None or now["metadata"]["uid"] != metadata["uid"]:
+            raise Conflict(f"job {metadata['namespace']}/{metadata['name']} is gone, which no watch has shown yet")
+        self._remember(now)
+        return bool(now["metadata"]["resourceVersion"] == metadata["resourceVersion"])
+
+    def _remember(self, found: Object) -> Object:
+        self.newer[found["metadata"]["namespace"], found["metadata"]["name"]] = found
+        return found
 
     async def _one_step(self, found: Object, job: FederatedDiffusionJob, children: Children) -> float | None:
         uid = found["metadata"]["uid"]
@@ -131,17 +177,22 @@ class Reconciler:
         own = children_of(job, uid, children.jobs_of(uid))
         jobs = [await self._recorded(dict(child), pods.get(child["metadata"]["name"], [])) for child in own]
         scene = _Scene(found, job, uid, jobs, children.pods_of(uid), self.clock())
-        if stopped := await self._stop_what_is_overdue(scene):
+        if (stopped := await self._stop_what_is_overdue(scene)) is not None:
             return stopped
         ledgers = await self._ledgers(scene, children)
         observed = await self._observe(scene, ledgers)
         decision = plan(job, observed)
-        if decision.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED):  # the last look that has a plan
+        ends = decision.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED)
+        if ends and not await self._is_current(found):
+            return 0.0
+        if ends:  # the last look that has a plan
             await self._carry_out(scene, decision, observed, ledgers)
             await self._publish(found, decision.status, observed, scene)
             return 0.0
         if await self._publish(found, decision.status, observed, scene):
             return 0.0  # what was decided is written before it is acted on; the next look acts
+        if decision.actions and not await self._is_current(found):
+            return 0.0
         return await self._carry_out(scene, decision, observed, ledgers)
 
     # -- observe
@@ -157,17 +208,41 @@ class Reconciler:
         return {**child, "metadata": {**metadata, "annotations": {**(metadata.get("annotations") or {}), **record}}}
 
     async def _ledgers(self, scene: "_Scene", children: Children) -> dict[str, ClientLedger]:
-        """What every client's ledger says. A charge is never undone: one that a watch has shown is not read again."""
-        charged = {entry.client: entry for entry in _charged(children.releases_of(scene.uid))}
+        """What every client's ledger says. A charge is never undone, so one that a watch has shown is believed; so is
+        a reservation, which the ledger looks for again before it charges. Everything else is read anew."""
+        shown = self._entries_shown(scene, children)
         found: dict[str, ClientLedger] = {}
         for client in scene.job.spec.clients:
-            if (entry := charged.get(client.name)) is not None:
-                where = (client.dataset.namespace, client.dataset.name)
-                dataset = children.dataset(*where) or await self.cluster.get(PDS, *where)
-                found[client.name] = ClientLedger(_parsed(dataset), Hold.CHARGED, "", entry)
+            where, entry = (client.dataset.namespace, client.dataset.name), shown.get(client.name)
+            dataset = children.dataset(*where) if entry else None
+            if entry is not None and entry.phase is Phase.CHARGED:
+                dataset = dataset or await self.cluster.get(PDS, *where)
+                found[client.name] = ClientLedger(self._parsed(dataset), Hold.CHARGED, "", entry)
+            elif entry is not None and dataset is not None and self._holds(scene, entry, dataset):
+                found[client.name] = ClientLedger(self._parsed(dataset), Hold.RESERVED, "", entry)
         others = [client.name for client in scene.job.spec.clients if client.name not in found]
         looks = await asyncio.gather(*(self._look(scene, name) for name in others))
-        return found | dict(zip(others, looks, strict=True))
+        found |= dict(zip(others, looks, strict=True))
+        return {client.name: found[client.name] for client in scene.job.spec.clients}
+
+    def _entries_shown(self, scene: "_Scene", children: Children) -> dict[str, Entry]:
+        """The entry of each client that a watch has shown, or that we charged before it did; charged ones first."""
+        shown = [self._entry(release) for release in children.releases_of(scene.uid)]
+        entries = [each for each in shown if isinstance(each, Entry)]
+        charged = {each.client: each for each in entries if each.phase is Phase.CHARGED}
+        return {each.client: each for each in entries} | self.charged.get(scene.uid, {}) | charged
+
+    def _holds(self, scene: "_Scene", entry: Entry, dataset: Object) -> bool:
+        """Whether a reservation stands, by all that the watches show: then there is no need to ask the ledger."""
+        consistent = condition_of(dataset, "LedgerConsistent") is not None
+        current = entry.phase is Phase.RESERVED and entry.dataset_uid == dataset["metadata"]["uid"]
+        return current and consistent and entry.client not in self.doubted.get(scene.uid, ())
+
+    def _entry(self, release: Object) -> Entry | str:
+        return self.ledger.entry_of(release)
+
+    def _parsed(self, dataset: Object | None) -> PrivateDataset | None:
+        return self.ledger.parsed(dataset)[0] if dataset is not None else None
 
     async def _look(self, scene: "_Scene", client: str) -> ClientLedger:
         """A ledger that we may not read is as good as none, until its owner lets us: the API server says so."""
@@ -213,12 +288,12 @@ class Reconciler:
         recorded = ledger.entry.manifest_sha256 if ledger.entry is not None else ""
         seen = stages.get(key)
         if seen is None or seen.receipt is None:
-            return with_recorded_release(stages, scene.uid, client, recorded)
+            return with_recorded_release(stages, scene.uid, client, recorded) if recorded else stages
         manifest = seen.receipt.outputs["manifest"]
         if recorded == manifest:
             return stages
         try:
-            await self.ledger.record_manifest(scene.job, scene.uid, client, manifest)
+            await self.ledger.record_manifest(scene.job, scene.uid, client, manifest, ledger.entry)
         except PrivacyRefusal as refusal:
             self.recorder.record(scene.found, "SecondRelease", str(refusal), warning=True)
             failed = StageObserved(StagePhase.FAILED, seen.attempt, seen.num_failures + 1, 77, str(refusal))
@@ -226,8 +301,10 @@ class Reconciler:
         return stages
 
     async def _stop_what_is_overdue(self, scene: "_Scene") -> float | None:
-        """Seconds to wait for the end of attempts that had to be stopped; None when all are in time."""
-        late = overdue(scene.job, scene.jobs, scene.pods, scene.now)
+        """When to look again, if attempts had to be stopped; None when all are in time."""
+        late = [each for each in scene.deadlines if each.at <= scene.now]
+        if late and not await self._is_current(scene.found):
+            return 0.0
         for each in late:
             await self._suspend(each.namespace, each.name, each.annotations)
             self.recorder.record(scene.found, each.reason.value, f"{each.name} {each.message}", warning=True)
@@ -248,7 +325,7 @@ class Reconciler:
         before = found.get("status") or {}
         if wanted == before:
             return False
-        await self.cluster.replace_status(FDJ, {**found, "status": wanted})
+        self._remember(await self.cluster.replace_status(FDJ, {**found, "status": wanted}))
         if wanted["phase"] != before.get("phase"):
             failed = wanted["phase"] == JobPhase.FAILED
             reason = status.condition("Failed").reason if failed else wanted["phase"]
@@ -269,13 +346,13 @@ class Reconciler:
         asked += [ChargeReservation(client) for client in charges if all(rehearsals)]
         answers = await asyncio.gather(*(self._ask(scene, action) for action in asked))
         for action in decision.actions:
-            if isinstance(action, Stop):
+            if isinstance(action, Stop) and not _left_running(scene, decision, action):
                 await self._stop(scene, action)
         if asked or charges:
             news = self.hindrances.get(scene.uid, ()) != known or self.refused.get(scene.uid, {}) != refused
             return 0.0 if news or (asked and all(answers)) else ASK_AGAIN_SECONDS
         starts = [action for action in decision.actions if isinstance(action, Start)]
-        later = retry_at(scene.jobs, scene.pods, scene.now)
+        later = retry_at(scene.jobs, scene.pods, scene.now) if starts else {}
         due = [start for start in starts if later.get((start.stage, start.client), scene.now) <= scene.now]
         for start in due:
             await self._start(scene, start, observed, ledgers)
@@ -284,7 +361,7 @@ class Reconciler:
         return self._next_look(scene, decision, [later[each.stage, each.client] for each in starts if each not in due])
 
     def _next_look(self, scene: "_Scene", decision: Plan, retries: Iterable[datetime]) -> float | None:
-        limits = (each.at for each in deadlines(scene.job, scene.jobs, scene.pods))
+        limits = (each.at for each in scene.deadlines)
         moments = [*retries, *limits, *([scene.release_deadline] if scene.release_deadline else [])]
         seconds = [max(0.0, (moment - scene.now).total_seconds()) for moment in moments if moment > scene.now]
         if self.hindrances.get(scene.uid) or decision.status.phase is JobPhase.PENDING:
@@ -293,18 +370,24 @@ class Reconciler:
 
     async def _ask(self, scene: "_Scene", action: Reserve | ChargeReservation | GiveBack) -> bool:
         """Whether the client's ledger did it; a refusal is for the next look to see, and to say."""
-        ask = {Reserve: self.ledger.reserve, ChargeReservation: self.ledger.charge, GiveBack: self.ledger.give_back}
+        job, uid, client = scene.job, scene.uid, action.client
         try:
-            await ask[type(action)](scene.job, scene.uid, action.client)
+            match action:
+                case Reserve():
+                    await self.ledger.reserve(job, uid, client)
+                case ChargeReservation():
+                    self.charged.setdefault(uid, {})[client] = await self.ledger.charge(job, uid, client)
+                case GiveBack():
+                    await self.ledger.give_back(job, uid, client)
         except PrivacyRefusal as refusal:
+            self.doubted.setdefault(uid, set()).add(client)
             self.recorder.record(scene.found, "LedgerRefused", str(refusal), warning=True)
             return False
+        self.doubted.get(uid, set()).discard(client)
         return True
 
     async def _stop(self, scene: "_Scene", action: Stop) -> None:
         """Every attempt of the stage is suspended."""
-        if scene.job.spec.clean_pod_policy == "None" and not scene.job.spec.suspend and scene.counted:
-            return
         for child in scene.running(action.stage, action.client):
             metadata = child["metadata"]
             reason = "Suspended" if scene.job.spec.suspend else "NotNeeded"
@@ -397,9 +480,10 @@ class Reconciler:
         finalizers = metadata.get("finalizers") or []
         if FINALIZER not in finalizers:
             return None
-        await self._give_back_all(found)
+        await self._give_back_all(found, children)
         if await self._delete_children(found, children):
             return 1.0  # until every Job is gone; its pods go with it
+        self._forget(metadata["uid"])
         await self._set_finalizers(metadata, [one for one in finalizers if one != FINALIZER])
         return None
 
@@ -407,17 +491,24 @@ class Reconciler:
         """The job with these finalizers. Raises Conflict if it is no longer the version that was read: a merge patch
         that names a version holds for that one alone."""
         change = {"metadata": {"resourceVersion": metadata["resourceVersion"], "finalizers": list(finalizers)}}
-        return await self.cluster.patch(FDJ, metadata["namespace"], metadata["name"], change)
+        return self._remember(await self.cluster.patch(FDJ, metadata["namespace"], metadata["name"], change))
 
-    async def _give_back_all(self, found: Object) -> None:
+    def _forget(self, uid: str) -> None:
+        """Nothing is remembered of a job that is over."""
+        for remembered in (self.hindrances, self.refused, self.charged, self.doubted):
+            remembered.pop(uid, None)
+
+    async def _give_back_all(self, found: Object, children: Children) -> None:
         """What is only reserved is returned; what is charged stays charged. A job that was never understood holds
         nothing."""
-        try:
-            job = parse(FederatedDiffusionJob, found, "job")
-        except SpecInvalid:
+        job, uid = self.understood(found), found["metadata"]["uid"]
+        if isinstance(job, SpecInvalid):
             return
-        uid = found["metadata"]["uid"]
+        shown = [self._entry(release) for release in children.releases_of(uid)]
+        charged = {each.client for each in shown if isinstance(each, Entry) and each.phase is Phase.CHARGED}
         for client in job.spec.clients:
+            if client.name in charged:
+                continue
             with suppress(Refused):  # who took our rights away can read in the entry that its job is gone
                 if (await self.ledger.look(job, uid, client.name)).hold is Hold.RESERVED:
                     await self.ledger.give_back(job, uid, client.name)
@@ -428,7 +519,7 @@ class Reconciler:
         of_owners = [each["dataset"].get("namespace", "default") for each in found["spec"].get("clients") or []]
         places = [(kind, each) for kind in (JOB, CONFIG_MAP) for each in sorted({own, *of_owners})]
         left = [await self._delete_in(found, kind, namespace, uid) for kind, namespace in [*places, (SERVICE, own)]]
-        return any(left) or any(not _is_over(each) for each in children.jobs_of(uid))
+        return any(left) or any(not is_over(each) for each in children.jobs_of(uid))
 
     async def _delete_in(self, found: Object, kind: Kind, namespace: str, uid: str) -> bool:
         """The same in one namespace. An owner who has taken our rights away does not hold the job back: what still
@@ -445,16 +536,16 @@ class Reconciler:
     async def _clean_up(self, found: Object, children: Children) -> float | None:
         """An ended job keeps what cleanPodPolicy says, for as long as ttlSecondsAfterFinished says."""
         uid = found["metadata"]["uid"]
-        self.hindrances.pop(uid, None)
-        self.refused.pop(uid, None)
+        self._forget(uid)
         policy = found["spec"].get("cleanPodPolicy", "Running")
-        if policy == "All" and (children.jobs_of(uid) or children.pods_of(uid)):
+        left = [*children.jobs_of(uid), *children.pods_of(uid)] if policy == "All" else []
+        running = [each for each in children.jobs_of(uid) if not is_over(each)] if policy == "Running" else []
+        if (left or running) and not await self._is_current(found):
+            return 0.0
+        if left:
             await self._delete_children(found, children)
-        elif policy == "Running":
-            for child in children.jobs_of(uid):
-                if not _is_over(child):
-                    metadata = child["metadata"]
-                    await self._suspend(metadata["namespace"], metadata["name"], {STOPPED: "NotNeeded"})
+        for child in running:
+            await self._suspend(child["metadata"]["namespace"], child["metadata"]["name"], {STOPPED: "NotNeeded"})
         return await self._expire(found)
 
     async def _expire(self, found: Object) -> float | None:
@@ -464,6 +555,8 @@ class Reconciler:
             return None
         if (left := (at - self.clock()).total_seconds()) > 0:
             return left
+        if not await self._is_current(found):
+            return 0.0
         metadata = found["metadata"]
         await self.cluster.delete(FDJ, metadata["namespace"], metadata["name"], metadata["uid"])
         return None
@@ -485,6 +578,10 @@ class _Scene:
     jobs: Sequence[Object]
     pods: Sequence[Object]
     now: datetime
+
+    @cached_property
+    def deadlines(self) -> list[Deadline]:
+        return deadlines(self.job, self.jobs, self.pods)
 
     @property
     def counted(self) -> tuple[str, ...]:
@@ -509,33 +606,39 @@ class _Scene:
             for child in self.jobs
             if _stage_of(child) is stage
             and child["metadata"]["labels"].get(CLIENT, "") == client
-            and not _is_over(child)
+            and not is_over(child)
         ]
+
+
+def _left_running(scene: _Scene, decision: Plan, stop: Stop) -> bool:
+    """Whether cleanPodPolicy None leaves the stage alone: the job has ended, and it was part of it to the end. What
+    was late or dropped is stopped all the same, and so is a release that will never count."""
+    ends = decision.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED)
+    took_part = scene.counted and stop.client in ("", *scene.counted) and stop.client not in decision.status.dropped
+    spec = scene.job.spec
+    return bool(ends and took_part) and spec.clean_pod_policy == "None" and not spec.suspend
 
 
 def _stage_of(child: Object) -> Stage:
     return Stage(child["metadata"]["labels"][STAGE])
 
 
-def _is_over(child: Object) -> bool:
-    """Whether the Job has ended, or we have stopped it."""
-    conditions = child.get("status", {}).get("conditions") or []
-    finished = any(each["type"] in ("Complete", "Failed") and each["status"] == "True" for each in conditions)
-    return finished or STOPPED in (child["metadata"].get("annotations") or {})
-
-
-def _charged(releases: Iterable[Object]) -> Iterator[Entry]:
-    for release in releases:
-        with suppress(SpecInvalid):  # an entry that cannot be understood is the ledger's business
-            if (entry := entry_of(release)).phase is Phase.CHARGED:
-                yield entry
-
-
-def _parsed(dataset: Object | None) -> PrivateDataset | None:
+def _understood(found: Mapping[str, Any]) -> FederatedDiffusionJob | SpecInvalid:
+    """The job, or why it can never be carried out."""
     try:
-        return parse(PrivateDataset, dataset, "dataset") if dataset is not None else None
-    except SpecInvalid:
-        return None
+        job = parse(FederatedDiffusionJob, found, "job")
+        charge_of(job.spec.privacy, job.spec.diffusion)
+        places(job, "", {})
+        check_overlay(job.spec.shared.pod_template, "spec.shared.podTemplate")
+    except SpecInvalid as error:
+        return error
+    return job
+
+
+def _version(found: Object) -> int:
+    """Later versions of one object have larger numbers; what is no number is never taken for newer."""
+    text = str(found["metadata"].get("resourceVersion", ""))
+    return int(text) if text.isdecimal() else 0
 
 
 def _under_uid(dataset: PrivateDataset, uid: str) -> PrivateDataset:

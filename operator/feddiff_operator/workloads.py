@@ -67,8 +67,9 @@ def child_name(uid: str, stage: Stage, client: str, attempt: int) -> str:
 
 def child_namespace(job: FederatedDiffusionJob, client: str) -> str:
     """The owner's for what touches records, the job's for train-shared and report (client "")."""
-    namespaces = {each.name: each.dataset.namespace for each in job.spec.clients}
-    return namespaces[client] if client else job.metadata.namespace
+    if not client:
+        return job.metadata.namespace
+    return next(each.dataset.namespace for each in job.spec.clients if each.name == client)
 
 
 def places(job: FederatedDiffusionJob, uid: str, datasets: Mapping[str, PrivateDataset]) -> Places:

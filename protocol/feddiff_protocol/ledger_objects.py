@@ -227,7 +227,7 @@ def _budget(budget: BudgetSpec, account: Account, books: Books) -> Object:
     remaining = 0.0 if books.contradiction else remaining_epsilon(budget, account.charges)
     return {
         "spent": f"{spent_text:f}",
-        "reserved": f"{all_text - spent_text:f}",
+        "reserved": f"{_shortest(all_text - spent_text):f}",
         "remaining": f"{_down(remaining):f}",
         "chargedMuSquared": str(spent.mu_squared),
     }

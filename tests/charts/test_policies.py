@@ -241,7 +241,7 @@ TABLE: list[tuple[str, tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]] 
     ("operator", ("create", "list", "delete"), "configmaps", ("research", "clinic-a"), ("clinic-b", "feddiff-system")),
     ("operator", ("get", "update", "patch", "watch"), "configmaps", (), ("research", "clinic-a", "feddiff-system", "")),
     ("operator", ("create", "delete"), "services", ("research",), ("clinic-a", "clinic-b", "")),
-    ("operator", ("get", "create", "patch"), "events", ("research",), ("clinic-a", "clinic-b", "default", "")),
+    ("operator", ("get", "create", "patch"), "events", ("research", "clinic-a"), ("clinic-b", "default", "")),
     ("operator", READ, "secrets", (), ("research", "clinic-a", "feddiff-system", "")),
     ("operator", ("create", "delete", "patch"), "pods", (), ("research", "clinic-a", "")),
     ("operator", ("create",), "pods/exec", (), ("research", "clinic-a", "")),

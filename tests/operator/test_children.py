@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feddiff_operator.children import Seen, Shelf, kept_dataset, kept_job, kept_pod, owner_of
+from feddiff_operator.children import Once, Seen, Shelf, kept, kept_job, kept_pod, owner_of
 
 Object = dict[str, Any]
 
@@ -71,19 +71,19 @@ def test_only_what_is_read_later_is_kept() -> None:
     job, pod = kept_job(child("a")), kept_pod(child("a"))
     assert "template" not in job["spec"] and job["spec"]["suspend"] is False
     assert pod["spec"] == {"nodeName": "n"}
-    dataset = kept_dataset({**child("a"), "status": {"account": {"numEntries": 1}, "budget": {"spent": "1"}}})
-    assert dataset["status"] == {"budget": {"spent": "1"}}
-    assert all("managedFields" not in each["metadata"] for each in (job, pod, dataset))
+    assert kept(child("a"))["spec"] == child("a")["spec"] and kept(child("a"))["status"] == child("a")["status"]
+    assert all("managedFields" not in each["metadata"] for each in (job, pod, kept(child("a"))))
 
 
 def test_a_dataset_is_found_by_its_name_and_releases_by_their_job() -> None:
     seen = Seen()
     seen.datasets.put(child("scans"), 1)
-    seen.releases.put({**child("entry"), "spec": {"job": {"uid": "uid-9"}}}, 1)
+    seen.releases.put({**child("entry"), "spec": {"job": {"uid": "uid-9"}, "dataset": {"name": "scans"}}}, 1)
     found = seen.dataset("clinic-a", "scans")
     assert found is not None and found["metadata"]["name"] == "scans"
     assert seen.dataset("clinic-b", "scans") is None
-    assert names(seen.releases_of("uid-9")) == ["entry"]
+    assert names(seen.releases_of("uid-9")) == names(seen.entries("clinic-a", "scans")) == ["entry"]
+    assert seen.entries("clinic-b", "scans") == []
 
 
 def test_jobs_are_found_by_every_dataset_that_they_use() -> None:
@@ -91,8 +91,10 @@ def test_jobs_are_found_by_every_dataset_that_they_use() -> None:
     clients = [{"dataset": {"namespace": "clinic-a", "name": "scans"}}, {"dataset": {"name": "own"}}]
     metadata = {"namespace": "research", "name": "digits", "uid": "u"}
     seen.jobs.put({"metadata": metadata, "spec": {"clients": clients}}, 1)
-    assert [job.name for job in seen.jobs.of(("clinic-a", "scans"))] == ["digits"]
-    assert [job.name for job in seen.jobs.of(("default", "own"))] == ["digits"]
+    assert names(seen.jobs.of(("clinic-a", "scans"))) == names(seen.jobs.of(("default", "own"))) == ["digits"]
+    job = seen.job("research", "digits")
+    assert job is not None and job["spec"]["clients"] == clients
+    assert seen.job("clinic-a", "scans") is None
     assert seen.jobs.of(("clinic-b", "scans")) == []
 
 
@@ -149,3 +151,21 @@ def test_the_check_above_finds_a_shelf_that_hoards() -> None:
     steps = [("put", "a", "x"), ("relist", "", ""), ("relist", "", "")]
     assert _disagreements(_shelf(_Hoarding), steps) == ["x"]
     assert _disagreements(_shelf(Shelf), steps) == []
+
+
+def test_what_an_object_means_is_worked_out_once_for_each_of_its_versions() -> None:
+    worked: list[str] = []
+    meaning = Once(lambda body: worked.append(body["spec"]) or body["spec"], most=2)
+
+    def body(uid: str, version: str, spec: str) -> Object:
+        return {"metadata": {"uid": uid, "resourceVersion": version}, "spec": spec}
+
+    assert [meaning(body("a", "1", "one")), meaning(body("a", "1", "one")), meaning(body("a", "2", "two"))] == [
+        *("one", "one", "two")
+    ]
+    assert worked == ["one", "two"]
+    assert meaning(body("b", "2", "other")) == "other"
+    meaning(body("c", "3", "third"))  # and the least recently asked is forgotten
+    meaning(body("a", "2", "two"))
+    assert worked == ["one", "two", "other", "third", "two"]
+    assert meaning({"metadata": {}, "spec": "unnamed"}) == "unnamed"

@@ -1,6 +1,7 @@
 """The API server as the operator uses it: which answer is which error, and what real servers answer."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -150,6 +151,31 @@ def test_a_retry_after_is_honoured_within_reason(header: str, seconds: float) ->
 
     asyncio.run(ask())
     assert time.now - 100 == pytest.approx(seconds, abs=0.01)
+
+
+class Silent(Told):
+    """A client whose server never answers."""
+
+    async def call_api(self, *_: Any, **__: Any) -> "Told":
+        raise TimeoutError
+
+
+def test_every_request_is_told_to_the_observer_whatever_becomes_of_it() -> None:
+    told: list[tuple[str, str, int | None]] = []
+
+    def observe(method: str, path: str, status: int | None, seconds: float) -> None:
+        assert seconds >= 0
+        told.append((method, path, status))
+
+    async def ask() -> None:
+        for client in (Told(200), Told(429), Silent(200)):
+            cluster = Cluster(client, 1000, 10, observe)  # type: ignore[arg-type]
+            with contextlib.suppress(Unavailable):
+                await cluster.get(JOB, "a", "b")
+
+    asyncio.run(ask())
+    path = "/apis/batch/v1/namespaces/a/jobs/b"
+    assert told == [("GET", path, 200), ("GET", path, 429), ("GET", path, None)]
 
 
 # ---- A real API server -------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Stub:
         if name.startswith("broken"):
             raise RuntimeError("as told")
 
-    async def dataset(self, namespace, name):
+    async def dataset(self, namespace, name, children=None):
         print(json.dumps({"dataset": f"{namespace}/{name}"}), flush=True)
 
 settings = parse_settings(sys.argv[1:])

@@ -36,6 +36,7 @@ from feddiff_operator.observe import (
     children_of,
     client_observed,
     deadlines,
+    is_over,
     misfit,
     overdue,
     record_of,
@@ -568,3 +569,10 @@ def test_a_release_that_the_ledger_has_recorded_is_done_though_its_job_was_delet
     assert seen.phase is StagePhase.SUCCEEDED
     assert seen.receipt is not None and json.loads(seen.receipt.to_line())["outputs"] == {"manifest": SHA}
     assert with_recorded_release({}, UID, "a", "") == {}
+
+
+def test_a_job_is_over_when_it_has_ended_or_stays_stopped() -> None:
+    assert is_over(complete(release())) and is_over(failed(release())) and is_over(stopped(release()))
+    assert not is_over(release()) and not is_over(release(suspend=True))
+    let_go_on = release(annotations={STOPPED: "Suspended"}, suspend=False)  # its queue admitted it again
+    assert not is_over(let_go_on)

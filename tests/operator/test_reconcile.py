@@ -2,6 +2,7 @@
 ledger and no child twice."""
 
 import asyncio
+import contextlib
 import json
 import random
 from collections import Counter
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from cluster.kubelet import receipt_of
-from fake_cluster import Killed, Mortal, Platform, SeenChildren, no_sleep
-from feddiff_operator import workloads
-from feddiff_operator.cluster import CONFIG_MAP, FDJ, JOB, PDS, POD, PRL, SERVICE, Invalid, Refused
+from fake_cluster import FakeCluster, Killed, Mortal, Platform, SeenChildren, no_sleep
+from feddiff_operator import ledger as operator_ledger
+from feddiff_operator import reconcile, workloads
+from feddiff_operator.cluster import CONFIG_MAP, FDJ, JOB, PDS, POD, PRL, SERVICE, Conflict, Invalid, Refused
 from feddiff_operator.ledger import ClusterLedger
 from feddiff_operator.metrics import Metrics
 from feddiff_operator.reconcile import Reconciler
@@ -319,6 +321,255 @@ def test_an_ended_job_is_deleted_when_its_time_has_passed() -> None:
     asyncio.run(story())
     assert [entry.phase for entry in world.entries()] == ["Charged", "Charged"]
     assert world.platform.peek(JOB) == []
+
+
+def running(world: World) -> set[tuple[str, str]]:
+    """Stage and client of every pod that runs."""
+    labels = [each["metadata"]["labels"] for each in world.platform.peek(POD) if each["status"]["phase"] == "Running"]
+    return {(each["feddiff.dev/stage"], each.get("feddiff.dev/client", "")) for each in labels}
+
+
+async def runs_with_a_late_client(world: World) -> Reconciler:
+    """The shared denoiser is trained on a's release; b's came too late."""
+    operator = world.operator()
+    await world.go_on(operator, lambda: ("train-shared", "") in running(world))
+    for _ in range(3):
+        await world.look(operator)
+        world.platform.live(world.now)
+    return operator
+
+
+def late_b(pod: Object, child: Object) -> bool:
+    """b never releases, and no training ends."""
+    labels = child["metadata"]["labels"]
+    return (labels["feddiff.dev/stage"], labels.get("feddiff.dev/client")) != ("release", "a")
+
+
+LATE: Object = {"quorum": 1, "deadlines": {"releaseSeconds": 60}, "cleanPodPolicy": "None"}
+
+
+def test_a_late_clients_pods_are_stopped_whatever_the_clean_pod_policy_says() -> None:
+    world = World(lambda pod, child: None if late_b(pod, child) else world.good(pod, child), **LATE)
+    asyncio.run(runs_with_a_late_client(world))
+    assert world.status["counted"] == ["a"]
+    assert running(world) == {("train-shared", ""), ("train-personal", "a")}
+
+
+def test_a_policy_that_spared_late_clients_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: the policy for jobs that have ended, asked of one that goes on."""
+    monkeypatch.setattr(reconcile, "_left_running", lambda scene, decision, stop: bool(scene.counted))
+    world = World(lambda pod, child: None if late_b(pod, child) else world.good(pod, child), **LATE)
+    asyncio.run(runs_with_a_late_client(world))
+    assert ("release", "b") in running(world)
+
+
+@pytest.mark.parametrize(("policy", "left"), [("None", {("train-personal", "a")}), ("Running", set())])
+def test_only_what_took_part_to_the_end_goes_on_after_it_and_only_where_the_policy_says_so(
+    policy: str, left: set[tuple[str, str]]
+) -> None:
+    failing = {"train-shared": False}
+
+    def outcome(pod: Object, child: Object) -> tuple[int, str] | None:
+        if child["metadata"]["labels"]["feddiff.dev/stage"] == "train-shared" and failing["train-shared"]:
+            return 65, ""
+        return None if late_b(pod, child) else world.good(pod, child)
+
+    world = World(outcome, **{**LATE, "cleanPodPolicy": policy})
+
+    async def story() -> None:
+        operator = await runs_with_a_late_client(world)
+        failing["train-shared"] = True
+        await world.go_on(operator, world.ended)
+        for _ in range(3):
+            await world.look(operator)
+            world.platform.live(world.now)
+
+    asyncio.run(story())
+    assert world.status["phase"] == "Failed"
+    assert running(world) == left
+
+
+# ---- What is read, and what a late watch cannot do ----------------------------------------------------------------
+
+
+class Asked:
+    """A cluster that notes what it is asked."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform, self.requests = platform, Counter[str]()
+
+    def __getattr__(self, verb: str) -> Any:
+        async def request(kind: Any, *arguments: Any, **more: Any) -> Any:
+            self.requests[f"{verb} {kind.name}"] += 1
+            return await getattr(self.platform, verb)(kind, *arguments, **more)
+
+        return request
+
+
+def frozen(world: World) -> SeenChildren:
+    """What the watches have shown so far, and show for ever."""
+    late = FakeCluster()
+    late.objects = dict(world.platform.objects)
+    return SeenChildren(late)
+
+
+def test_a_look_at_what_has_not_changed_asks_nothing_and_reads_no_object_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(lambda pod, child: world.good(pod, child) if "release" in pod["metadata"]["name"] else None)
+    asked = Asked(world.platform)
+    operator = world.operator(asked)
+    asyncio.run(world.go_on(operator, lambda: len(running(world)) == 3))
+    while asked.requests:
+        asked.requests.clear()
+        asyncio.run(world.look(operator))
+
+    def again(*_: Any) -> None:
+        raise AssertionError("read again")
+
+    for module, names in ((reconcile, ["parse", "charge_of"]), (operator_ledger, ["parse", "promise_of", "entry_of"])):
+        for name in names:
+            monkeypatch.setattr(module, name, again)
+
+    async def everything() -> None:
+        assert await world.look(operator) is None
+        for clinic in ("clinic-a", "clinic-b"):
+            await operator.dataset(clinic, "scans", SeenChildren(world.platform))
+
+    asyncio.run(everything())
+    assert asked.requests == {}
+
+
+def test_a_whole_job_of_two_owners_reads_no_more_than_it_must() -> None:
+    world = World()
+    asked = Asked(world.platform)
+
+    async def story() -> None:
+        operator = world.operator(asked)
+        while not world.ended():
+            await world.look(operator)
+            for clinic in ("clinic-a", "clinic-b"):
+                await operator.dataset(clinic, "scans", SeenChildren(world.platform))
+            world.platform.live(world.now)
+
+    asyncio.run(story())
+    one_of_each(world)
+    reads = {what: count for what, count in asked.requests.items() if what.startswith(("get", "list"))}
+    # Of each dataset: one look before the first word about it and one before it is asked, then reserve, charge, tend.
+    assert reads["get PrivateDataset"] <= 2 * 7 and reads["list PrivacyRelease"] <= 2 * 7
+    assert reads["get PrivacyRelease"] == 2  # before each manifest is noted
+    assert reads["get FederatedDiffusionJob"] <= 10  # before every look that acts
+    assert reads.keys() == {"get PrivateDataset", "list PrivacyRelease", "get PrivacyRelease"} | {
+        "get FederatedDiffusionJob"
+    }
+
+
+SUSPENDED: Object = {"spec": {"suspend": True}}
+
+
+def ready_to_charge(world: World) -> tuple[Reconciler, SeenChildren]:
+    """An operator whose next look charges both clients, and what its watches have shown."""
+    operator = world.operator()
+    asyncio.run(world.go_on(operator, lambda: "charging" in world.status.get("message", "")))
+    assert {entry.phase for entry in world.entries()} == {"Reserved"}
+    return operator, frozen(world)
+
+
+async def change(world: World, how: str) -> None:
+    if how == "suspended":
+        await world.platform.patch(FDJ, "research", "job", SUSPENDED)
+    elif how == "deleted":
+        await world.platform.delete(FDJ, "research", "job")
+    else:
+        world.platform.remove(FDJ, "research", "job")
+
+
+async def look_late(operator: Reconciler, late: SeenChildren) -> None:
+    with contextlib.suppress(Conflict):
+        await operator.job("research", "job", late)
+
+
+@pytest.mark.parametrize("how", ["suspended", "deleted", "gone"])
+def test_nothing_is_charged_or_started_for_a_job_that_only_a_late_watch_shows_alive(how: str) -> None:
+    world = World()
+    operator, late = ready_to_charge(world)
+
+    async def story() -> None:
+        await change(world, how)
+        for _ in range(3):
+            await look_late(operator, late)
+
+    asyncio.run(story())
+    assert {entry.phase for entry in world.entries()} <= {"Reserved", "Returned"}
+    assert world.platform.peek(JOB) == []
+
+
+@pytest.mark.parametrize("how", ["suspended", "deleted", "gone"])
+def test_an_operator_that_believed_its_watch_would_charge_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: nothing is read before the charge."""
+
+    async def believes(self: Reconciler, found: Object) -> bool:
+        return True
+
+    monkeypatch.setattr(Reconciler, "_is_current", believes)
+    world = World()
+    operator, late = ready_to_charge(world)
+
+    async def story() -> None:
+        await change(world, how)
+        await look_late(operator, late)
+
+    asyncio.run(story())
+    assert {entry.phase for entry in world.entries()} == {"Charged"}
+
+
+@pytest.mark.parametrize("how", ["suspended", "deleted", "gone"])
+def test_no_release_is_started_for_a_charge_whose_job_is_over(how: str) -> None:
+    world = World()
+    operator = world.operator()
+    asyncio.run(world.go_on(operator, lambda: "waiting for the releases" in world.status.get("message", "")))
+    late = frozen(world)
+    assert world.platform.peek(JOB) == []
+
+    async def story() -> None:
+        await change(world, how)
+        for _ in range(3):
+            await look_late(operator, late)
+
+    asyncio.run(story())
+    assert world.platform.peek(JOB) == []
+
+
+def test_a_reservation_that_only_a_late_watch_shows_is_not_charged_and_the_next_look_says_so() -> None:
+    world = World()
+    operator, late = ready_to_charge(world)
+    entry = next(each for each in world.platform.peek(PRL) if each["spec"]["client"] == "b")
+    world.platform.put(PRL, {**entry, "status": {"phase": "Returned"}})
+
+    async def story() -> None:
+        for _ in range(3):
+            await look_late(operator, late)
+
+    asyncio.run(story())
+    assert {entry.client: entry.phase for entry in world.entries()} == {"a": "Charged", "b": "Returned"}
+    assert world.recorder.reasons["LedgerRefused"] >= 1
+    assert "given back" in world.status["message"], world.status
+    assert world.platform.peek(JOB) == []
+
+
+def test_a_ledger_that_contradicts_itself_is_found_out_although_nothing_is_read_while_all_is_well() -> None:
+    world = World()
+    operator = world.operator()
+    asyncio.run(world.go_on(operator, world.ended))
+    entry = next(each for each in world.platform.peek(PRL) if each["spec"]["client"] == "b")
+    world.platform.remove(PRL, "clinic-b", entry["metadata"]["name"])
+    asyncio.run(operator.dataset("clinic-b", "scans", SeenChildren(world.platform)))
+    (consistent,) = [
+        each
+        for each in world.platform.objects[PDS.name, "clinic-b", "scans"]["status"]["conditions"]
+        if each["type"] == "LedgerConsistent"
+    ]
+    assert consistent["status"] == "False"
 
 
 class Refusing:

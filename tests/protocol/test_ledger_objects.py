@@ -213,6 +213,12 @@ def test_what_was_given_back_is_neither_spent_nor_reserved_and_what_lost_its_pha
     assert status["numReleases"] == 1
 
 
+def test_nothing_reserved_is_a_plain_0_whatever_is_spent() -> None:
+    status = dataset_status(dataset(), books(entry("1", "0.1234", phase=Phase.CHARGED)), NOW)
+    assert "." in status["budget"]["spent"]
+    assert status["budget"]["reserved"] == "0"
+
+
 def test_a_budget_that_is_spent_says_so() -> None:
     small = BudgetSpec(epsilon=Decimal(10), delta=Decimal("1e-5"))
     status = dataset_status(dataset(), books(entry("1", phase=Phase.CHARGED), budget=small), NOW)

@@ -33,7 +33,7 @@ from feddiff_trainer.pictures import read_samples
 from feddiff_trainer.pooling import pool
 from feddiff_trainer.release import release
 from feddiff_trainer.stores import open_store
-from feddiff_trainer.train_shared import read_releases
+from feddiff_trainer.train_shared import releases_of
 from feddiff_trainer.training import BatchLoss, World
 
 UID = "uid-00000001"
@@ -107,7 +107,6 @@ def prepared(folder: Path, job: str, noise: int = 0) -> TrainSharedSpec:
         "shared": {"denoiser": "closedForm" if job == "closedForm" else "trained"}
         | {"images": STEPS * BATCH, "batch": BATCH},
         "sampling": {"steps": 8},
-        "checkpoints": str(folder / "checkpoints"),
     }
     return parse(TrainSharedSpec, document, "spec")
 
@@ -162,11 +161,17 @@ def watch_losses(monkeypatch: pytest.MonkeyPatch, act: Callable[[float, float], 
     monkeypatch.setattr(train_shared, "loss_of", loss_of)
 
 
+def checkpoints_of(spec: TrainSharedSpec) -> list[str]:
+    return open_store(spec.federation_store).list(layout.shared_checkpoints(UID))
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_denoiser_and_samples_are_in_the_federation_store(finished: Callable[[str], Finished], job: str) -> None:
     run = finished(job)
     after = set(open_store(run.spec.federation_store).list(f"{UID}/"))
-    assert after - run.listed_before == {layout.shared_denoiser(UID), layout.shared_samples(UID)}
+    new = after - run.listed_before - set(checkpoints_of(run.spec))
+    assert new == {layout.shared_denoiser(UID), layout.shared_samples(UID)}
+    assert len(checkpoints_of(run.spec)) == (0 if job == "closedForm" else 1)
     assert isinstance(denoiser_from_bytes(run.weights, "shared"), ClassGaussian if job == "closedForm" else Denoiser)
     images = read_samples(run.samples, "samples", ["images"], run.spec.image, 2)
     assert images.labels_N.tolist() == [0] * 10 + [1] * 10 and images.images["images"].std() > 0
@@ -187,7 +192,7 @@ def test_closed_form_is_the_denoiser_of_the_pool(finished: Callable[[str], Finis
 
 
 def pool_of_all(spec: TrainSharedSpec, own_covariance_weight: float) -> ClassGaussian:
-    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    releases = releases_of(spec, open_store(spec.federation_store), 2)
     return ClassGaussian(*pool(releases, 0.05, own_covariance_weight))
 
 
@@ -211,7 +216,7 @@ def test_closed_form_shows_each_class_as_it_is(finished: Callable[[str], Finishe
 
 def test_closed_form_goes_where_the_samples_are_drawn(tmp_path: Path) -> None:
     spec = prepared(tmp_path, "closedForm")
-    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    releases = releases_of(spec, open_store(spec.federation_store), 2)
     denoiser = train_shared.shared_denoiser(spec, releases, World(0, 1, torch.device("meta")))
     assert {buffer.device.type for buffer in denoiser.buffers()} == {"meta"}
 
@@ -242,7 +247,7 @@ def source_of(spec: TrainSharedSpec, monkeypatch: pytest.MonkeyPatch) -> tuple[S
     """What the training draws from, and its sigma_data."""
     seen = []
     monkeypatch.setattr(train_shared, "loss_of", lambda *arguments: seen.append(arguments))
-    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    releases = releases_of(spec, open_store(spec.federation_store), 2)
     config_sigma_data = train_shared.sigma_data_of(spec)
     train_shared.shared_loss(spec, releases, config_sigma_data, torch.device("cpu"))
     return seen[0]
@@ -276,7 +281,7 @@ def test_restarted_trains_at_all_levels_on_released_images_as_they_are(
     batch, promise = source(2000, torch.Generator().manual_seed(1)), promise_of(spec.privacy, spec.diffusion)
     assert batch.sigma_B.min() < 0.1 and batch.sigma0_B.unique().tolist() == [0.0]
     alpha = schedule_of(spec.diffusion).alpha(promise.split_step)
-    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    releases = releases_of(spec, open_store(spec.federation_store), 2)
     known = {x.numpy().tobytes() for release in releases for x in alpha * release.images_NCHW}
     assert {x.numpy().tobytes() for x in batch.y0_BCHW} <= known
     assert float(batch.y0_BCHW.std()) == pytest.approx(sigma_data, rel=0.1)
@@ -288,7 +293,7 @@ def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
     store.put(key, store.get(key).replace(b'"client":"b"', b'"client":"c"'))
     with pytest.raises(DataInvalid, match="client b: expected a manifest with SHA-256"):
         train_shared.body(spec)
-    assert not store.exists(layout.shared_denoiser(UID)) and not Path(spec.checkpoints).exists()
+    assert not store.exists(layout.shared_denoiser(UID)) and store.list(layout.shared_checkpoints(UID)) == []
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -298,7 +303,7 @@ def test_released_bytes_alone_decide_the_result(finished: Callable[[str], Finish
     for reference in run.spec.releases:
         copy_release(run.spec, reference.client, tmp_path / "federation")
     torch.manual_seed(7)  # nor does the process's own generator count
-    moved = {"federation_store": (tmp_path / "federation").as_uri(), "checkpoints": str(tmp_path / "checkpoints")}
+    moved = {"federation_store": (tmp_path / "federation").as_uri()}
     weights, samples = result(run.spec.model_copy(update=moved))
     assert weights == run.weights and samples == run.samples
     if job == "closedForm":
@@ -316,7 +321,7 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
     finished: Callable[[str], Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
 ) -> None:
     run, losses = finished(job), list[float]()
-    moved = {"federation_store": (tmp_path / "federation").as_uri(), "checkpoints": str(tmp_path / "checkpoints")}
+    moved = {"federation_store": (tmp_path / "federation").as_uri()}
     spec, store = run.spec.model_copy(update=moved), open_store(moved["federation_store"])
     for reference in spec.releases:
         copy_release(run.spec, reference.client, tmp_path / "federation")

@@ -10,7 +10,7 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from feddiff_protocol.errors import DataInvalid, FeddiffError, InputMissing, OutputFailed, StoreUnavailable
+from feddiff_protocol.errors import DataInvalid, InputMissing, OutputFailed, StoreUnavailable
 from feddiff_trainer import checkpoints, stores
 from feddiff_trainer.checkpoints import Checkpoint, Checkpoints, Saver, decode, encode
 from feddiff_trainer.stores import FolderStore
@@ -342,7 +342,10 @@ def test_outage_is_logged_and_the_next_checkpoint_tries_again(gate: Gate) -> Non
             saver.finish(a_checkpoint(2))
         gate.error = None
         saver.begin(a_checkpoint(3))
-    assert [(line["event"], line["step"]) for line in logs] == [("checkpoint_not_saved", 1), ("checkpoint_not_saved", 2)]
+    assert [(line["event"], line["step"]) for line in logs] == [
+        ("checkpoint_not_saved", 1),
+        ("checkpoint_not_saved", 2),
+    ]
     assert saver.saved_step == 3 and newest_step(Checkpoints(gate, RUN)) == 3
 
 
@@ -366,6 +369,17 @@ def test_store_that_keeps_silent_does_not_hold_a_stop_beyond_its_time(
             saver.finish(a_checkpoint(2), seconds=0.0)
     assert time.monotonic() - began < 30
     gate.let_through.set()
+
+
+def test_whoever_asked_is_told_of_what_is_stored_and_of_nothing_else(gate: Gate) -> None:
+    gate.let_through.set()
+    told: list[int] = []
+    with capture_logs(), Saver(Checkpoints(gate, RUN), lambda: told.append(saver.saved_step)) as saver:
+        saver.finish(a_checkpoint(1))
+        gate.error = StoreUnavailable("gone")
+        with pytest.raises(StoreUnavailable):
+            saver.finish(a_checkpoint(2))
+    assert told == [1]
 
 
 def test_without_a_place_nothing_is_saved() -> None:

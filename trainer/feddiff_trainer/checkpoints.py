@@ -14,6 +14,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -109,10 +110,11 @@ class Saver:
 
     A store that does not answer is logged, and the next checkpoint is the next try. What no try can mend is raised
     with the next checkpoint. Without `checkpoints` nothing is saved. Leaving it waits for what is on its way.
+    on_saved() is called, in that thread, whenever one is in the store.
     """
 
-    def __init__(self, checkpoints: Checkpoints | None) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Checkpoints | None, on_saved: Callable[[], None] = lambda: None) -> None:
+        self.checkpoints, self.on_saved = checkpoints, on_saved
         self.saved_step = 0
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -155,6 +157,7 @@ class Saver:
         try:
             checkpoints.save(checkpoint)
             self.saved_step, self._failure = checkpoint.step, None
+            self.on_saved()
         except MENDABLE as error:
             log.warning("checkpoint_not_saved", step=checkpoint.step, reason=str(error), action="trying with the next")
             self._failure = error

@@ -74,6 +74,7 @@ def train(
     ema_width: float,
     seed: int,
     on_progress: Callable[[Progress], None],
+    on_checkpoint: Callable[[], None] = lambda: None,
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
@@ -82,9 +83,9 @@ def train(
 
     Trains for num_images images, rounded up to whole batches; `batch` counts the images of all ranks together,
     learning_rate is the peak of the schedule, ema_width ∈ (0, 0.28) the average's width as a share of the run.
-    Rank 0 alone calls on_progress and reads and writes checkpoints: every checkpoint_seconds of `clock`, training
-    going on meanwhile, when stopped and at the end; a run that finds one goes on from there. Buffers of the model
-    are not trained.
+    Rank 0 alone calls on_progress, reads and writes checkpoints, and calls on_checkpoint, in another thread, when one
+    is stored: every checkpoint_seconds of `clock`, training going on meanwhile, when stopped and at the end. A run
+    that finds one goes on from there. Buffers of the model are not trained.
 
     Raises Interrupted (75) on all ranks, after a checkpoint, when any received SIGTERM or SIGINT; DataInvalid if
     loss or weights stop being finite; SpecInvalid if ranks do not divide the batch or a checkpoint belongs to
@@ -98,7 +99,8 @@ def train(
     ema = copy.deepcopy(model.to(world.device)).requires_grad_(False).eval()
     run = _Run(model.train(), ema, {name: repr(value) for name, value in settings.items()})
     generator, autocast = torch.Generator(world.device), world.device.type == "cuda"
-    with caught_signals() as signals, Saver(checkpoints if world.rank == 0 else None) as saver:
+    mine_to_keep = checkpoints if world.rank == 0 else None
+    with caught_signals() as signals, Saver(mine_to_keep, on_checkpoint) as saver:
         run.resume(checkpoints, world)
         saver.saved_step = run.step
         averaged, meter = _averaged(model, world), _Meter(world, clock)

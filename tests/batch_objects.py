@@ -73,7 +73,7 @@ def stage_spec(
     """The spec of one attempt, as the operator makes it."""
     names = [each.name for each in asked.spec.clients]
     datasets = {name: dataset(name, **of_dataset) for name in names}
-    where = places(asked, UID, datasets)
+    where = places(asked, datasets)
     releases = tuple(ReleaseReference(client=name, manifest_sha256=SHA) for name in names)
     first = datasets[client or names[0]]
     if stage is Stage.RELEASE:

@@ -361,12 +361,9 @@ class _Engine:
 
     def _places(self) -> Places:
         owners = {client: dataset.owner_folder for client, dataset in self.job.datasets.items()}
-        personal = {f"{Stage.TRAIN_PERSONAL}/{client}": str(folder / "checkpoints" / self.uid / client)
-                    for client, folder in owners.items()}  # fmt: skip
         return Places(
             federation_store=self.folder.federation_store,
             owner_stores={client: store_uri(folder / "store") for client, folder in owners.items()},
-            checkpoints={Stage.TRAIN_SHARED: self.folder.checkpoints(Stage.TRAIN_SHARED), **personal},
             sources={client: dataset.source for client, dataset in self.job.datasets.items()},
         )
 

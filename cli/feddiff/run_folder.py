@@ -2,7 +2,7 @@
 
 run.json        uid and documents of the job, written once     status.json  what the plan last said
 lock            held by the one engine at work                 federation/  store that all parties read
-checkpoints/    of the shared denoiser                         stages/<stage>[-<client>]/attempt-<n>/
+stages/<stage>[-<client>]/attempt-<n>/
 """
 
 import fcntl
@@ -92,9 +92,6 @@ class RunFolder:
     @property
     def federation_store(self) -> str:
         return store_uri(self.path / "federation")
-
-    def checkpoints(self, name: str) -> str:
-        return str(self.path / "checkpoints" / name)
 
     # -- status
 

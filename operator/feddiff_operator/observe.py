@@ -535,7 +535,7 @@ def client_observed(
     if words := _image_refusal(dataset, setting):
         return ClientObserved(hold, words, Reason.IMAGE_NOT_ALLOWED)
     try:
-        workloads.places(job, "", {client: dataset})
+        workloads.places(job, {client: dataset})
         workloads.check_overlay(dataset.spec.pod_template, f"{client}: spec.podTemplate")
     except workloads.InvalidPodTemplate as error:
         return ClientObserved(hold, str(error), Reason.INVALID_POD_TEMPLATE)

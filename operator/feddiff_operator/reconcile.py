@@ -414,7 +414,7 @@ class Reconciler:
         """Whether the API server would take the client's release as it stands: a charge never comes back."""
         if dataset is None:
             return False
-        spec = release_spec(scene.job, scene.uid, client, dataset, places(scene.job, scene.uid, {client: dataset}), 1)
+        spec = release_spec(scene.job, scene.uid, client, dataset, places(scene.job, {client: dataset}), 1)
         with self._refusals_noted(scene, Stage.RELEASE, client):
             for obj in stage_objects(self.setting, scene.job, scene.uid, dataset, spec):
                 with suppress(AlreadyExists):
@@ -439,7 +439,7 @@ class Reconciler:
     ) -> AnyStageSpec:
         job, uid, client, attempt = scene.job, scene.uid, start.client, start.attempt
         datasets = {name: ledger.dataset for name, ledger in ledgers.items() if ledger.dataset is not None}
-        where = places(job, uid, {client: datasets[client]} if client else {})
+        where = places(job, {client: datasets[client]} if client else {})
         if start.stage is Stage.RELEASE:
             entry = ledgers[client].entry
             assert entry is not None, "a release starts only after its charge"
@@ -628,7 +628,7 @@ def _understood(found: Mapping[str, Any]) -> FederatedDiffusionJob | SpecInvalid
     try:
         job = parse(FederatedDiffusionJob, found, "job")
         charge_of(job.spec.privacy, job.spec.diffusion)
-        places(job, "", {})
+        places(job, {})
         check_overlay(job.spec.shared.pod_template, "spec.shared.podTemplate")
     except SpecInvalid as error:
         return error

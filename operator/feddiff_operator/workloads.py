@@ -27,7 +27,7 @@ QUEUE_NAME = "kueue.x-k8s.io/queue-name"
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 
 CONTAINER = "stage"
-SPEC_FOLDER, DATA_FOLDER, CHECKPOINT_FOLDER, SCRATCH_FOLDER = "/etc/feddiff", "/data", "/checkpoints", "/tmp"
+SPEC_FOLDER, DATA_FOLDER, SCRATCH_FOLDER = "/etc/feddiff", "/data", "/tmp"
 SPEC_FILE = "spec.json"
 MASTER_PORT = 29500
 USER = 65532  # nobody's: an image that names no user of its own would be refused as root
@@ -72,16 +72,14 @@ def child_namespace(job: FederatedDiffusionJob, client: str) -> str:
     return next(each.dataset.namespace for each in job.spec.clients if each.name == client)
 
 
-def places(job: FederatedDiffusionJob, uid: str, datasets: Mapping[str, PrivateDataset]) -> Places:
-    """Where stores and folders of `job` are, for the clients whose datasets are known.
+def places(job: FederatedDiffusionJob, datasets: Mapping[str, PrivateDataset]) -> Places:
+    """Where stores and records of `job` are, for the clients whose datasets are known.
 
     Raises SpecInvalid when a store is missing, or when a source leaves the volume.
     """
-    personal = {f"{Stage.TRAIN_PERSONAL}/{client}": f"{CHECKPOINT_FOLDER}/{uid}/{client}" for client in datasets}
     return Places(
         federation_store=_store(job.spec.store, f"job {job.metadata.namespace}/{job.metadata.name}").uri,
         owner_stores={client: _store(each.spec.store, _dataset_name(each)).uri for client, each in datasets.items()},
-        checkpoints={Stage.TRAIN_SHARED: f"{CHECKPOINT_FOLDER}/{uid}/shared", **personal},
         sources={client: _source_below_data(each) for client, each in datasets.items()},
     )
 
@@ -249,7 +247,6 @@ def _volumes(attempt: _Attempt) -> list[Manifest]:
     volumes: list[Manifest] = [
         {"name": "spec", "configMap": {"name": attempt.name}},
         {"name": "scratch", "emptyDir": {}},
-        {"name": "checkpoints", "emptyDir": {}},
     ]
     if claim := _volume_claim(attempt):
         volumes.append({"name": "records", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
@@ -260,7 +257,6 @@ def _mounts(attempt: _Attempt) -> list[Manifest]:
     mounts: list[Manifest] = [
         {"name": "spec", "mountPath": SPEC_FOLDER, "readOnly": True},
         {"name": "scratch", "mountPath": SCRATCH_FOLDER},
-        {"name": "checkpoints", "mountPath": CHECKPOINT_FOLDER},
     ]
     if _volume_claim(attempt):
         mounts.append({"name": "records", "mountPath": DATA_FOLDER, "readOnly": True})
@@ -353,8 +349,8 @@ def check_overlay(overlay: Mapping[str, Any], path: str) -> None:
 def laid_over(template: Manifest, overlay: Mapping[str, Any], path: str) -> Manifest:
     """The pod template with `overlay` (metadata, spec with at most one container) on it.
 
-    Lists are added to, so that nothing of ours is lost; a volume mounted at /checkpoints, /tmp or, without a volume
-    claim, /data stands in for ours. Raises InvalidPodTemplate for a field that no overlay may set.
+    Lists are added to, so that nothing of ours is lost; a volume mounted at /tmp or, without a volume claim, /data
+    stands in for ours. Raises InvalidPodTemplate for a field that no overlay may set.
     """
     _only(overlay, {"metadata", "spec"}, path)
     over = _mapping(overlay.get("spec", {}), f"{path}.spec")
@@ -386,7 +382,7 @@ _REPLACED_IN_POD = {
     "imagePullSecrets",
 }
 _SECURITY_CONTEXT = {"fsGroup", "runAsUser", "runAsGroup", "supplementalGroups"}
-_OURS = {"spec", "scratch", "checkpoints", "records"}
+_OURS = {"spec", "scratch", "records"}
 
 
 def _metadata(ours: Manifest, over: Mapping[str, Any], path: str) -> Manifest:

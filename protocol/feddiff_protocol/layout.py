@@ -29,6 +29,10 @@ def shared_denoiser(job_uid: str) -> str:
     return f"{job_uid}/shared/denoiser.safetensors"
 
 
+def shared_checkpoints(job_uid: str) -> str:
+    return f"{job_uid}/shared/checkpoints/"
+
+
 def shared_samples(job_uid: str) -> str:
     return f"{job_uid}/shared/samples.safetensors"
 
@@ -60,6 +64,10 @@ def owner_prefix(job_uid: str, client: str) -> str:
 
 def personal_denoiser(job_uid: str, client: str) -> str:
     return f"{owner_prefix(job_uid, client)}personal/denoiser.safetensors"
+
+
+def personal_checkpoints(job_uid: str, client: str) -> str:
+    return f"{owner_prefix(job_uid, client)}personal/checkpoints/"
 
 
 def samples(job_uid: str, client: str) -> str:

@@ -64,8 +64,13 @@ def canonical_json(value: Any) -> bytes:
 def _faults(error: ValidationError) -> str:
     # The values themselves are left out: whoever wrote them may be hostile, and the line goes to a log.
     faults = error.errors(include_input=False, include_url=False, include_context=False)
-    lines = [f"{'.'.join(str(part)[:64] for part in fault['loc'])}: {fault['msg'][:200]}" for fault in faults[:5]]
+    lines = [f"{'.'.join(_printed(part) for part in fault['loc'])}: {fault['msg'][:200]}" for fault in faults[:5]]
     return ", ".join(lines)
+
+
+def _printed(part: str | int) -> str:
+    """A field's name as the author spelt it, but never as a line of its own."""
+    return str(part)[:64].encode("unicode_escape").decode()
 
 
 class ShardReference(Wire):

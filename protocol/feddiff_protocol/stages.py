@@ -89,7 +89,6 @@ class TrainSharedSpec(StageSpec):
     shared: SharedSpec
     sampling: SamplingSpec
     federation_store: Uri
-    checkpoints: str = Field(description="folder for checkpoints, kept between attempts")
 
 
 class OwnerStageSpec(StageSpec):
@@ -111,7 +110,6 @@ class OwnerStageSpec(StageSpec):
 class TrainPersonalSpec(OwnerStageSpec):
     stage: Literal[Stage.TRAIN_PERSONAL] = Stage.TRAIN_PERSONAL
     personal: PersonalSpec
-    checkpoints: str = Field(description="folder for checkpoints, kept between attempts; private to the owner")
 
 
 class SampleSpec(OwnerStageSpec):
@@ -183,11 +181,10 @@ class Receipt(Wire):
 
 
 class Places(Wire):
-    """Where one job's stores and folders are, as the engine or the operator resolves them."""
+    """Where one job's stores and records are, as the engine or the operator resolves them."""
 
     federation_store: Uri
     owner_stores: Mapping[str, Uri]  # by client
-    checkpoints: Mapping[str, str]  # by stage and client: "train-shared", "train-personal/a"
     sources: Mapping[str, SourceSpec]  # by client, paths resolved
 
 
@@ -233,7 +230,6 @@ def train_shared_spec(
         shared=job.spec.shared,
         sampling=job.spec.sampling,
         federation_store=places.federation_store,
-        checkpoints=places.checkpoints[Stage.TRAIN_SHARED],
     )
 
 
@@ -266,7 +262,7 @@ def owner_stage_spec(
         "federation_store": places.federation_store,
     }
     if stage is Stage.TRAIN_PERSONAL:
-        return TrainPersonalSpec(**common, checkpoints=places.checkpoints[f"{stage}/{client}"])
+        return TrainPersonalSpec(**common)
     if stage is Stage.SAMPLE:
         return SampleSpec(**common, sampling=job.spec.sampling, shared_denoiser_sha256=shared_denoiser_sha256)
     assert stage is Stage.EVALUATE

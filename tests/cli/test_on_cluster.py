@@ -172,7 +172,7 @@ class World:
         """The attempt's batch Job; suspended where it is over, so that the Job controller leaves it alone."""
         names = {"a": self.a, "b": self.b}
         datasets = {each: self.dataset(namespace) for each, namespace in names.items()}
-        places = workloads.places(job, job.metadata.uid, datasets)
+        places = workloads.places(job, datasets)
         uid, setting = job.metadata.uid, workloads.Setting(IMAGE)
         if client:
             spec: Any = release_spec(job, uid, client, datasets[client], places, 1)

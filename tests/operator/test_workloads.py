@@ -93,20 +93,20 @@ def test_the_spec_that_the_pod_reads_is_the_stages_spec() -> None:
 
 
 def test_sources_are_resolved_below_the_volume_and_may_not_leave_it() -> None:
-    where = places(job(), UID, {"a": dataset("a"), "b": dataset("b")})
+    where = places(job(), {"a": dataset("a"), "b": dataset("b")})
     assert where.sources["a"].path == "/data/train.npz"
     assert where.owner_stores["b"] == "s3://clinic-b/feddiff"
     assert where.federation_store == "s3://federation/jobs"
     for path in ("/etc/passwd", "../other/train.npz", "a/../../b"):
         with pytest.raises(SpecInvalid, match="relative to the volume"):
-            places(job(), UID, {"a": dataset("a", source={"format": "npz", "path": path})})
+            places(job(), {"a": dataset("a", source={"format": "npz", "path": path})})
 
 
 def test_a_missing_store_is_named() -> None:
     with pytest.raises(SpecInvalid, match=r"job research/digits: spec\.store"):
-        places(job(store=None), UID, {})
+        places(job(store=None), {})
     with pytest.raises(SpecInvalid, match=r"dataset clinic-a/scans: spec\.store"):
-        places(job(), UID, {"a": dataset("a", store=None)})
+        places(job(), {"a": dataset("a", store=None)})
 
 
 # ---- Pods --------------------------------------------------------------------------------------------------------
@@ -304,8 +304,8 @@ def test_anything_else_is_refused_by_its_path(path: str, value: Any, named: str)
     assert named in str(error.value)
 
 
-def test_a_volume_of_the_owners_own_stands_in_for_checkpoints_scratch_or_unclaimed_data() -> None:
-    mounts = [{"name": "disk", "mountPath": path} for path in ("/checkpoints", "/tmp", "/data")]
+def test_a_volume_of_the_owners_own_stands_in_for_scratch_or_unclaimed_data() -> None:
+    mounts = [{"name": "disk", "mountPath": path} for path in ("/tmp", "/data")]
     over = {
         "spec": {
             "volumes": [{"name": "disk", "persistentVolumeClaim": {"claimName": "disk"}}],
@@ -315,9 +315,7 @@ def test_a_volume_of_the_owners_own_stands_in_for_checkpoints_scratch_or_unclaim
     source = {"format": "npz", "path": "train.npz"}
     spec = pod_spec(Stage.TRAIN_PERSONAL, "a", podTemplate=over, source=source)
     assert [volume["name"] for volume in spec["volumes"]] == ["spec", "disk"]
-    assert [mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]] == [
-        "/etc/feddiff", "/checkpoints", "/tmp", "/data",
-    ]  # fmt: skip
+    assert [mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]] == ["/etc/feddiff", "/tmp", "/data"]
 
 
 def test_the_job_overlay_is_for_the_jobs_pods_only() -> None:

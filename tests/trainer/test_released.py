@@ -1,6 +1,7 @@
 import hashlib
 import json
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from feddiff_trainer import released, shards
 from feddiff_trainer.mechanisms import centres, pack_symmetric
 from feddiff_trainer.pooling import OwnerSummary
 from feddiff_trainer.release import release
-from feddiff_trainer.released import GaussianRelease, read_release
+from feddiff_trainer.released import GaussianRelease, Terms, read_releases
 from feddiff_trainer.stores import FolderStore
 
 UID, CLIENT = "uid-12345678", "a"
@@ -72,13 +73,14 @@ class Released:
     def read(self, **changes: Any) -> GaussianRelease | OwnerSummary:
         told: dict[str, Any] = {
             "job_uid": UID,
-            "reference": ReleaseReference(client=CLIENT, manifest_sha256=self.sha256),
             "image": IMAGE,
             "num_classes": 2,
             "privacy": self.privacy,
             "diffusion": self.diffusion,
         }
-        return read_release(self.store, **(told | changes))
+        reference = changes.pop("reference", ReleaseReference(client=CLIENT, manifest_sha256=self.sha256))
+        (read,) = read_releases(self.store, [reference], Terms(**(told | changes)))
+        return read
 
     def replace_manifest(self, change: Callable[[dict[str, Any]], Any]) -> None:
         """A manifest that its author changed before the planner heard of it."""
@@ -98,7 +100,11 @@ class Released:
         self.replace_manifest(describe)
 
     def shard(self) -> bytes:
-        return self.store.get(layout.released_shard(UID, CLIENT, FIRST))
+        return self.store.get(shard_key(FIRST))
+
+
+def shard_key(name: str) -> str:
+    return layout.released_shard(UID, CLIENT, name)
 
 
 @pytest.fixture
@@ -177,12 +183,8 @@ def test_manifest_with_another_hash_is_refused(gaussian: Released) -> None:
 
 
 def test_mutant_that_does_not_compare_the_hash_is_found(gaussian: Released, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Digest:
-        def hexdigest(self) -> str:
-            return "0" * 64
-
-    monkeypatch.setattr(released.hashlib, "sha256", lambda data: Digest())
-    monkeypatch.setattr(released, "_verified", lambda data, shard, who: data)
+    monkeypatch.setattr(released, "read_hashed", lambda store, key, _: (store.get(key), "0" * 64))
+    monkeypatch.setattr(released, "_shard_bytes", lambda store, manifest, shard: store.get(shard_key(shard.name)))
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         test_manifest_with_another_hash_is_refused(gaussian)
 
@@ -232,15 +234,71 @@ def test_manifest_of_another_job_or_client_is_refused(gaussian: Released, field:
         ("other counts", lambda d: d.update(counts=[29, 8]), "images per class"),
         ("huge shard", lambda d: d["shards"][0].update(numBytes=1 << 30), "bytes of values"),
         ("path trick", lambda d: d["shards"][0].update(name="../../b/shards/shard-00000.safetensors"), "manifest"),
+        ("absolute path", lambda d: d["shards"][0].update(name="/etc/passwd"), "manifest"),
+        ("look-alike", lambda d: d["shards"][0].update(name="shard-0000٠.safetensors"), "manifest"),
+        ("two dots that are one", lambda d: d["shards"][0].update(name="\u2025/shard-00000.safetensors"), "manifest"),
+        ("hidden by a null", lambda d: d["shards"][0].update(name="shard-00000.safetensors\0"), "manifest"),
+        ("name and a line more", lambda d: d["shards"][0].update(name=f"{FIRST}\n"), "manifest"),
+        ("client elsewhere", lambda d: d.update(client="../b"), "manifest"),
         ("unknown field", lambda d: d.update(extra=1), "manifest"),
+        ("forged line in a field", lambda d: d.update({"\nfeddiff: all is well": 1}), "manifest"),
+        ("not a number", lambda d: d["gridSteps"].update(images=float("nan")), "manifest"),
+        ("number of many digits", lambda d: d["shards"][0].update(numBytes=10**4000), "manifest"),
     ],
 )
 def test_hostile_manifest_is_refused_with_the_clients_name(
     gaussian: Released, name: str, change: Callable[[dict[str, Any]], Any], says: str
 ) -> None:
     gaussian.replace_manifest(change)
-    with pytest.raises(DataInvalid, match=f"release of client a: .*{says}"):
-        gaussian.read()
+    refused_without_a_trace(gaussian, says)
+
+
+def refused_without_a_trace(hostile: Released, says: str) -> None:
+    """Exit code 65 and one short line that names the client; the store is as it was."""
+    before = {key: hostile.store.get(key) for key in hostile.store.list(f"{UID}/")}
+    with pytest.raises(DataInvalid, match=f"release of client a: .*{says}") as refusal:
+        hostile.read()
+    assert refusal.value.exit_code == 65
+    assert str(refusal.value).isprintable() and len(str(refusal.value)) < 1000
+    assert {key: hostile.store.get(key) for key in hostile.store.list(f"{UID}/")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("pickle", pickle.dumps({"jobUid": UID}), "expected JSON"),
+        ("nothing", b"", "expected JSON"),
+        ("nested too deep", b"[" * 100_000, "expected JSON"),
+        ("UTF-16", '{"jobUid": "x"}'.encode("utf-16"), "manifest"),
+        ("longer than any manifest", b"[" + b" " * (5 << 20) + b"]", "found more"),
+    ],
+)
+def test_manifest_of_other_bytes_is_refused(gaussian: Released, name: str, data: bytes, says: str) -> None:
+    gaussian.store.put(layout.manifest(UID, CLIENT), data)
+    gaussian.sha256 = hashlib.sha256(data).hexdigest()
+    refused_without_a_trace(gaussian, says)
+
+
+def test_manifest_of_another_release_is_refused_with_its_own_hash(gaussian: Released, tmp_path: Path) -> None:
+    """The client's own manifest of an earlier job, which the planner was told of for this one."""
+    gaussian.replace_manifest(lambda document: document.update(jobUid="uid-00000000"))
+    refused_without_a_trace(gaussian, "job: expected uid-12345678")
+
+
+def test_object_longer_than_its_manifest_says_is_not_read_to_its_end(
+    gaussian: Released, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = iter(range(10**6))
+    stream = gaussian.store.stream
+
+    def endless(key: str) -> Iterator[bytes]:
+        yield from stream(key)
+        for _ in pieces if key.endswith(FIRST) else ():
+            yield bytes(100)
+
+    monkeypatch.setattr(gaussian.store, "stream", endless)
+    refused_without_a_trace(gaussian, f"{FIRST}: expected at most .* bytes, found more")
+    assert next(pieces) < 10
 
 
 def with_header(data: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
@@ -269,6 +327,10 @@ def swapped(header: dict[str, Any]) -> None:
         ("tensors swapped", lambda d: with_header(d, swapped), "of shape"),
         ("other dtype", lambda d: with_header(d, lambda h: h["images"].update(dtype="F16")), "I16 of shape"),
         ("other shape", lambda d: with_header(d, lambda h: h["images"].update(shape=[16, 1, 2, 8])), "I16 of shape"),
+        ("forged line in a name", lambda d: with_header(d, lambda h: h.update({"\n\x1b[2Kok": {}})), "tensors images"),
+        ("half a character", lambda d: with_header(d, lambda h: h.update({"\ud800": {}})), "tensors images"),
+        ("forged line in a type", lambda d: with_header(d, lambda h: h["images"].update(dtype="\nok")), "I16 of shape"),
+        ("size of many digits", lambda d: with_header(d, lambda h: h["images"].update(shape=[10**3000])), "I16 of"),
         ("huge shape", lambda d: with_header(d, lambda h: h["images"].update(shape=[1 << 62])), "I16 of shape"),
         ("overlap", lambda d: with_header(d, lambda h: h["images"].update(data_offsets=[0, 512])), "follow each other"),
         ("negative", lambda d: with_header(d, lambda h: h["images"].update(data_offsets=[-512, 0])), "offsets"),
@@ -276,6 +338,7 @@ def swapped(header: dict[str, Any]) -> None:
         ("entry that is none", lambda d: with_header(d, lambda h: h.update(images=5)), "dtype, shape and data_offsets"),
         ("bytes too many", lambda d: d + b"x", "576 bytes of values"),
         ("pickle", lambda d: b"\x80\x04\x95" + d, "a header of 2 to 4096"),
+        ("pickle that torch.load would run", lambda d: pickle.dumps(list(d)[:600]).ljust(len(d), b"."), "a header of"),
         ("empty", lambda d: b"x", "bytes of values and a header"),
         ("label outside", lambda d: d[:-576] + np.full(16, 2, "<i4").tobytes() + d[-512:], "labels in 0..1"),
     ],
@@ -284,10 +347,7 @@ def test_hostile_shard_is_refused_with_the_clients_name(
     gaussian: Released, name: str, make: Callable[[bytes], bytes], says: str
 ) -> None:
     gaussian.replace_shard(make(gaussian.shard()))
-    with pytest.raises(DataInvalid, match=f"release of client a: .*{says}") as refusal:
-        gaussian.read()
-    assert "\n" not in str(refusal.value)
-    assert len(str(refusal.value)) < 1000
+    refused_without_a_trace(gaussian, says)
 
 
 @pytest.mark.parametrize("index", [0, 8, 200, -1])
@@ -308,8 +368,8 @@ def test_truncated_shard_is_refused(gaussian: Released) -> None:
 def test_oversized_shard_is_refused_before_it_is_fetched(gaussian: Released, monkeypatch: pytest.MonkeyPatch) -> None:
     gaussian.replace_manifest(lambda document: document["shards"][2].update(numBytes=1 << 35))
     fetched: list[str] = []
-    get = gaussian.store.get
-    monkeypatch.setattr(gaussian.store, "get", lambda key: (fetched.append(key), get(key))[1])
+    stream = gaussian.store.stream
+    monkeypatch.setattr(gaussian.store, "stream", lambda key: (fetched.append(key), stream(key))[1])
     with pytest.raises(DataInvalid, match="shard-00002"):
         gaussian.read()
     assert fetched == [layout.manifest(UID, CLIENT)]

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import re
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 from feddiff_protocol.errors import (
     ConfigurationInvalid,
+    DataInvalid,
     FeddiffError,
     InputMissing,
     OutputFailed,
@@ -20,7 +22,7 @@ from feddiff_protocol.errors import (
     StoreUnavailable,
 )
 from feddiff_trainer import stores
-from feddiff_trainer.stores import FolderStore, Store, check_creates_once, open_store
+from feddiff_trainer.stores import FolderStore, Store, check_creates_once, open_store, read_hashed
 
 
 class S3Handler(BaseHTTPRequestHandler):
@@ -107,7 +109,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 def test_object_comes_back_as_it_went_in(store: Store) -> None:
     store.put("a/b", b"first")
     store.put("a/b", b"second")
-    assert store.get("a/b") == b"second"
+    assert store.get("a/b") == b"".join(store.stream("a/b")) == b"second"
     assert store.exists("a/b")
     store.delete("a/b")
     store.delete("a/b")
@@ -120,6 +122,19 @@ def test_create_is_told_true_once_and_keeps_the_first(store: Store) -> None:
     assert store.get("a/b") == b"first"
 
 
+def test_object_comes_with_its_hash_and_none_is_read_beyond_what_is_expected(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, pieces = bytes(range(200)) * 20_000, list[int]()  # several pieces
+    store.put("a/b", data)
+    assert read_hashed(store, "a/b", len(data)) == (data, hashlib.sha256(data).hexdigest())
+    stream = store.stream
+    monkeypatch.setattr(store, "stream", lambda key: (pieces.append(len(each)) or each for each in stream(key)))
+    with pytest.raises(DataInvalid, match="a/b: expected at most 5 bytes, found more"):
+        read_hashed(store, "a/b", 5)
+    assert len(pieces) == 1
+
+
 def test_list_stops_at_the_slash(store: Store) -> None:
     for key in ("clients/client1/b", "clients/client1/a/x", "clients/client10/c", "other"):
         store.put(key, b"x")
@@ -130,6 +145,8 @@ def test_list_stops_at_the_slash(store: Store) -> None:
 def test_absent_object_is_input_missing(store: Store) -> None:
     with pytest.raises(InputMissing, match="nothing/here"):
         store.get("nothing/here")
+    with pytest.raises(InputMissing, match="nothing/here"):
+        list(store.stream("nothing/here"))
     assert not store.exists("nothing/here")
 
 

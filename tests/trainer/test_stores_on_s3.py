@@ -1,5 +1,6 @@
 """Buckets of a real S3 server, SeaweedFS, and what its answers become."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from cluster.weed import Weed
-from feddiff_protocol.errors import FeddiffError
-from feddiff_trainer.stores import Store, check_creates_once, open_store
+from feddiff_protocol.errors import DataInvalid, FeddiffError, InputMissing
+from feddiff_trainer.stores import Store, check_creates_once, open_store, read_hashed
 
 URI = "s3://federation/jobs"
 CLIENTS = ("client1", "client10")
@@ -68,6 +69,12 @@ def test_objects_are_put_replaced_listed_and_deleted(store: Store, server: Weed)
         store.put(key, data)
     store.put("a/b", b"second")
     assert (store.get("a/b"), store.get("a/c/d"), store.get("ab")) == (b"second", b"", large)
+    assert b"".join(store.stream("ab")) == large and list(store.stream("a/c/d")) == []
+    assert read_hashed(store, "ab", len(large)) == (large, hashlib.sha256(large).hexdigest())
+    with pytest.raises(DataInvalid, match="ab: expected at most 1000 bytes, found more"):
+        read_hashed(store, "ab", 1000)
+    with pytest.raises(InputMissing):
+        list(store.stream("never/there"))
     assert store.list("a/") == ["a/b", "a/c/d"]
     assert server.client().get_object(Bucket="federation", Key="jobs/a/b")["Body"].read() == b"second"
     for key in ("a/b", "a/c/d", "ab", "never/there"):

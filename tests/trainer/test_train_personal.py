@@ -29,7 +29,7 @@ from feddiff_trainer.release import release
 from feddiff_trainer.stage import run_stage
 from feddiff_trainer.stores import open_store
 from feddiff_trainer.train_personal import clipped_images, images_of, personal_pool, source_of
-from feddiff_trainer.train_shared import Releases, pool_of, read_releases
+from feddiff_trainer.train_shared import Releases, pool_of, releases_of
 
 UID = "uid-00000001"
 COUNTS = {"a": (60, 20), "b": (20, 60)}
@@ -65,7 +65,6 @@ def prepared(folder: Path, job: str, **personal: Any) -> TrainPersonalSpec:
         "network": {"baseWidth": 8},
         "shared": {},
         "personal": {"images": STEPS * BATCH, "batch": BATCH} | personal,
-        "checkpoints": str(folder / "owner-a" / "checkpoints"),
     }
     return parse(TrainPersonalSpec, documents["a"] | more, "spec")
 
@@ -104,7 +103,7 @@ def own_images(spec: TrainPersonalSpec) -> tuple[Tensor, Tensor]:
 
 
 def batch_of(spec: TrainPersonalSpec) -> Batch:
-    return batch_drawn(spec, read_releases(open_store(spec.federation_store), spec, 2))
+    return batch_drawn(spec, releases_of(spec, open_store(spec.federation_store), 2))
 
 
 def batch_drawn(spec: TrainPersonalSpec, releases: Releases) -> Batch:
@@ -163,7 +162,7 @@ def test_the_pool_at_home_has_the_owners_own_sums_exact(tmp_path: Path) -> None:
     """Class means from a stronger hand than its release's noise: the owner's own records."""
     spec = prepared(tmp_path, "summary")
     own = read_source(spec.source, spec.image, spec.classes)
-    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    releases = releases_of(spec, open_store(spec.federation_store), 2)
     at_home, public = personal_pool(spec, own, releases), pool_of(releases, spec)
     common = max(range(2), key=lambda k: COUNTS["a"][k])
     mean_D = 2 * own[:][own.labels_N == common].mean(axis=0) - 1
@@ -174,7 +173,7 @@ def test_the_pool_at_home_has_the_owners_own_sums_exact(tmp_path: Path) -> None:
 def test_releases_of_all_owners_are_learnt_from(tmp_path: Path) -> None:
     spec = prepared(tmp_path, "continued", releaseShare="0.5")
     batch, known = batch_of(spec), dict[bytes, str]()
-    for reference, y in zip(spec.releases, read_releases(open_store(spec.federation_store), spec, 2), strict=True):
+    for reference, y in zip(spec.releases, releases_of(spec, open_store(spec.federation_store), 2), strict=True):
         known |= {x.numpy().tobytes(): reference.client for x in y.images_NCHW}
     foreign = batch.y0_BCHW[~own_rows(spec, batch)]
     assert {known[x.numpy().tobytes()] for x in foreign} == {"a", "b"}
@@ -244,7 +243,9 @@ def test_the_denoiser_lies_in_the_owners_store_alone(tmp_path: Path, job: str) -
     before = files(tmp_path)
     assert train_personal.body(spec) == {}  # not even its hash is public
     after = files(tmp_path)
-    new = {name for name in set(after) - set(before) if not name.startswith("owner-a/checkpoints/")}
+    checkpoints = f"owner-a/store/{layout.personal_checkpoints(UID, 'a')}"
+    new = {name for name in set(after) - set(before) if not name.startswith(checkpoints)}
+    assert len(after) == len(before) + len(new) + 1, "and a checkpoint"
     assert new == {f"owner-a/store/{layout.personal_denoiser(UID, 'a')}"}
     assert all(after[name] == data for name, data in before.items())
     assert isinstance(denoiser_from_bytes(after[new.pop()], "personal"), Denoiser)

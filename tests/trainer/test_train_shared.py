@@ -1,14 +1,20 @@
 """The stage `train-shared` on real releases of two small owners: what it leaves, and that it sees nothing but releases.
 
 The data: 4×4 images of two classes, each with a bright half of its own; what owner a has much of, b has little of.
+Run as a script, this file is one of two ranks (see two_ranks).
 """
 
 import copy
 import hashlib
+import json
 import math
 import os
 import signal
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,14 +23,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import parse
-from feddiff_protocol.errors import DataInvalid, Interrupted
+from feddiff_protocol.errors import DataInvalid, FeddiffError, Interrupted
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseSpec, TrainSharedSpec
-from feddiff_trainer import train_shared, training
+from feddiff_trainer import released as reading
+from feddiff_trainer import shards, train_shared, training
 from feddiff_trainer.batches import Source
 from feddiff_trainer.denoisers import denoiser_from_bytes
 from feddiff_trainer.denoising import ClassGaussian
@@ -32,8 +40,8 @@ from feddiff_trainer.network import Denoiser
 from feddiff_trainer.pictures import read_samples
 from feddiff_trainer.pooling import pool
 from feddiff_trainer.release import release
-from feddiff_trainer.stores import open_store
-from feddiff_trainer.train_shared import read_releases
+from feddiff_trainer.stores import FolderStore, open_store
+from feddiff_trainer.train_shared import releases_of
 from feddiff_trainer.training import BatchLoss, World
 
 UID = "uid-00000001"
@@ -107,7 +115,6 @@ def prepared(folder: Path, job: str, noise: int = 0) -> TrainSharedSpec:
         "shared": {"denoiser": "closedForm" if job == "closedForm" else "trained"}
         | {"images": STEPS * BATCH, "batch": BATCH},
         "sampling": {"steps": 8},
-        "checkpoints": str(folder / "checkpoints"),
     }
     return parse(TrainSharedSpec, document, "spec")
 
@@ -162,11 +169,17 @@ def watch_losses(monkeypatch: pytest.MonkeyPatch, act: Callable[[float, float], 
     monkeypatch.setattr(train_shared, "loss_of", loss_of)
 
 
+def checkpoints_of(spec: TrainSharedSpec) -> list[str]:
+    return open_store(spec.federation_store).list(layout.shared_checkpoints(UID))
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_denoiser_and_samples_are_in_the_federation_store(finished: Callable[[str], Finished], job: str) -> None:
     run = finished(job)
     after = set(open_store(run.spec.federation_store).list(f"{UID}/"))
-    assert after - run.listed_before == {layout.shared_denoiser(UID), layout.shared_samples(UID)}
+    new = after - run.listed_before - set(checkpoints_of(run.spec))
+    assert new == {layout.shared_denoiser(UID), layout.shared_samples(UID)}
+    assert len(checkpoints_of(run.spec)) == (0 if job == "closedForm" else 1)
     assert isinstance(denoiser_from_bytes(run.weights, "shared"), ClassGaussian if job == "closedForm" else Denoiser)
     images = read_samples(run.samples, "samples", ["images"], run.spec.image, 2)
     assert images.labels_N.tolist() == [0] * 10 + [1] * 10 and images.images["images"].std() > 0
@@ -187,7 +200,7 @@ def test_closed_form_is_the_denoiser_of_the_pool(finished: Callable[[str], Finis
 
 
 def pool_of_all(spec: TrainSharedSpec, own_covariance_weight: float) -> ClassGaussian:
-    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    releases = releases_of(spec, open_store(spec.federation_store), 2)
     return ClassGaussian(*pool(releases, 0.05, own_covariance_weight))
 
 
@@ -211,7 +224,7 @@ def test_closed_form_shows_each_class_as_it_is(finished: Callable[[str], Finishe
 
 def test_closed_form_goes_where_the_samples_are_drawn(tmp_path: Path) -> None:
     spec = prepared(tmp_path, "closedForm")
-    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    releases = releases_of(spec, open_store(spec.federation_store), 2)
     denoiser = train_shared.shared_denoiser(spec, releases, World(0, 1, torch.device("meta")))
     assert {buffer.device.type for buffer in denoiser.buffers()} == {"meta"}
 
@@ -242,7 +255,7 @@ def source_of(spec: TrainSharedSpec, monkeypatch: pytest.MonkeyPatch) -> tuple[S
     """What the training draws from, and its sigma_data."""
     seen = []
     monkeypatch.setattr(train_shared, "loss_of", lambda *arguments: seen.append(arguments))
-    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    releases = releases_of(spec, open_store(spec.federation_store), 2)
     config_sigma_data = train_shared.sigma_data_of(spec)
     train_shared.shared_loss(spec, releases, config_sigma_data, torch.device("cpu"))
     return seen[0]
@@ -276,7 +289,7 @@ def test_restarted_trains_at_all_levels_on_released_images_as_they_are(
     batch, promise = source(2000, torch.Generator().manual_seed(1)), promise_of(spec.privacy, spec.diffusion)
     assert batch.sigma_B.min() < 0.1 and batch.sigma0_B.unique().tolist() == [0.0]
     alpha = schedule_of(spec.diffusion).alpha(promise.split_step)
-    releases = read_releases(open_store(spec.federation_store), spec, 2)
+    releases = releases_of(spec, open_store(spec.federation_store), 2)
     known = {x.numpy().tobytes() for release in releases for x in alpha * release.images_NCHW}
     assert {x.numpy().tobytes() for x in batch.y0_BCHW} <= known
     assert float(batch.y0_BCHW.std()) == pytest.approx(sigma_data, rel=0.1)
@@ -288,7 +301,7 @@ def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
     store.put(key, store.get(key).replace(b'"client":"b"', b'"client":"c"'))
     with pytest.raises(DataInvalid, match="client b: expected a manifest with SHA-256"):
         train_shared.body(spec)
-    assert not store.exists(layout.shared_denoiser(UID)) and not Path(spec.checkpoints).exists()
+    assert not store.exists(layout.shared_denoiser(UID)) and store.list(layout.shared_checkpoints(UID)) == []
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -298,7 +311,7 @@ def test_released_bytes_alone_decide_the_result(finished: Callable[[str], Finish
     for reference in run.spec.releases:
         copy_release(run.spec, reference.client, tmp_path / "federation")
     torch.manual_seed(7)  # nor does the process's own generator count
-    moved = {"federation_store": (tmp_path / "federation").as_uri(), "checkpoints": str(tmp_path / "checkpoints")}
+    moved = {"federation_store": (tmp_path / "federation").as_uri()}
     weights, samples = result(run.spec.model_copy(update=moved))
     assert weights == run.weights and samples == run.samples
     if job == "closedForm":
@@ -316,7 +329,7 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
     finished: Callable[[str], Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
 ) -> None:
     run, losses = finished(job), list[float]()
-    moved = {"federation_store": (tmp_path / "federation").as_uri(), "checkpoints": str(tmp_path / "checkpoints")}
+    moved = {"federation_store": (tmp_path / "federation").as_uri()}
     spec, store = run.spec.model_copy(update=moved), open_store(moved["federation_store"])
     for reference in spec.releases:
         copy_release(run.spec, reference.client, tmp_path / "federation")
@@ -343,3 +356,166 @@ def test_the_public_loss_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     train_shared.body(prepared(tmp_path, "summary"))
     assert lines[-1][0] == (STEPS * BATCH, STEPS * BATCH, "images")
     assert all(set(public) == {"loss", "images_per_second"} for _, public in lines)
+
+
+# -- two ranks --------------------------------------------------------------------------------------------------
+
+SHARD_BYTES = 40 * (2 * 16 + 4)  # 150 images of each owner make shards of 40, 40, 40 and 30
+FEW_STEPS = 5
+TOLERANCE = 1e-6  # of all weights together, float32, after these steps; measured: 1e-8
+
+
+class Watched(FolderStore):
+    """Notes what it was asked for, and when: "step" stands for a training step."""
+
+    calls: list[tuple[str, str]] = []  # noqa: RUF012
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        self.calls.append(("stream", key))
+        return super().stream(key)
+
+    def get(self, key: str) -> bytes:
+        self.calls.append(("get", key))
+        return super().get(key)
+
+    def put(self, key: str, data: bytes) -> None:
+        self.calls.append(("put", key))
+        super().put(key, data)
+
+    def list(self, prefix: str) -> list[str]:
+        self.calls.append(("list", prefix))
+        return super().list(prefix)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What two ranks left of each story: of every rank its calls and how it ended."""
+
+    folder: Path
+    log: list[str]
+    alone: bytes
+
+    def calls(self, story: str) -> list[list[tuple[str, str]]]:
+        return [[(what, key) for what, key in self._left(story, rank)["calls"]] for rank in range(2)]
+
+    def ends(self, story: str) -> list[str]:
+        return [self._left(story, rank)["end"] for rank in range(2)]
+
+    def _left(self, story: str, rank: int) -> dict[str, Any]:
+        return json.loads((self.folder / f"{story}-{rank}.json").read_text())
+
+    def released(self, story: str) -> set[str]:
+        store = open_store((self.folder / story).as_uri())
+        return {key for client in COUNTS for key in store.list(layout.client_prefix(UID, client))}
+
+    def denoiser(self, story: str) -> bytes:
+        return open_store((self.folder / story).as_uri()).get(layout.shared_denoiser(UID))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Both ranks carry out the stage once for each story, on a store of its own."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(shards, "SHARD_BYTES", SHARD_BYTES)
+        spec = prepared(folder, "continued")
+        shorter = spec.shared.model_copy(update={"images": FEW_STEPS * BATCH})
+        spec = spec.model_copy(update={"shared": shorter})
+        for story in ("honest", "everybody", "damaged", "alone"):
+            for client in COUNTS:
+                copy_release(spec, client, folder / story)
+        damage(folder / "damaged", layout.released_shard(UID, "b", "shard-00001.safetensors"))
+        alone, _ = result(at(spec, folder / "alone"))
+    (folder / "spec.json").write_text(json.dumps(spec.to_wire()))
+    return Ranks(folder, run_ranks(folder), alone)
+
+
+def at(spec: TrainSharedSpec, folder: Path) -> TrainSharedSpec:
+    return spec.model_copy(update={"federation_store": folder.as_uri()})
+
+
+def damage(folder: Path, key: str) -> None:
+    data = bytearray((folder / key).read_bytes())
+    data[-1] ^= 1
+    (folder / key).write_bytes(data)
+
+
+def run_ranks(folder: Path) -> list[str]:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", __file__, str(folder)]
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    try:
+        return [rank.communicate(timeout=300)[1].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def test_the_store_sends_every_object_once_to_both_ranks_together(two_ranks: Ranks) -> None:
+    first, second = ([key for what, key in calls if what == "stream"] for calls in two_ranks.calls("honest"))
+    assert Counter(first + second) == dict.fromkeys(two_ranks.released("honest"), 1), two_ranks.log
+    assert len(two_ranks.released("honest")) == 2 + 8 and (len(first), len(second)) == (5, 5)
+    everybody = Counter(key for calls in two_ranks.calls("everybody") for what, key in calls if what == "stream")
+    assert set(everybody.values()) == {2}, "the mutant: every rank reads everything"
+
+
+def test_no_rank_asks_the_store_for_anything_while_it_trains(two_ranks: Ranks) -> None:
+    """Up to the last step: shorter than a minute, this run has its first checkpoint at its end."""
+    for rank, calls in enumerate(two_ranks.calls("honest")):
+        first, last = (pick(i for i, (what, _) in enumerate(calls) if what == "step") for pick in (min, max))
+        assert [what for what, _ in calls[first : last + 1]] == ["step"] * FEW_STEPS
+        after = {key.removeprefix(layout.shared_checkpoints(UID))[:12] for what, key in calls[last:] if what == "put"}
+        own = {f"{FEW_STEPS:012d}", layout.shared_denoiser(UID)[:12], layout.shared_samples(UID)[:12]}
+        assert after == (own if rank == 0 else set())
+
+
+def test_two_ranks_make_the_denoiser_of_one(two_ranks: Ranks) -> None:
+    found, expected = (flat(data) for data in (two_ranks.denoiser("honest"), two_ranks.alone))
+    assert two_ranks.ends("honest") == ["done"] * 2
+    assert (found - expected).norm() / expected.norm() < TOLERANCE
+
+
+def flat(data: bytes) -> Tensor:
+    return torch.cat([weight.detach().flatten() for weight in denoiser_from_bytes(data, "shared").parameters()])
+
+
+def test_what_one_rank_finds_wrong_every_rank_says(two_ranks: Ranks) -> None:
+    first, second = two_ranks.ends("damaged")
+    assert first == second
+    assert first.startswith("65: release of client b: shard-00001.safetensors: expected")
+    assert not (two_ranks.folder / "damaged" / layout.shared_denoiser(UID)).exists()
+
+
+def be_a_rank(folder: Path) -> None:
+    torch.set_num_threads(1)
+    shards.SHARD_BYTES = SHARD_BYTES
+    spec = parse(TrainSharedSpec, json.loads((folder / "spec.json").read_text()), "spec")
+    train_shared.open_store = lambda uri, _: Watched(uri)
+    with pytest.MonkeyPatch.context() as monkeypatch, training.distributed(threads=1, timeout_seconds=120) as world:
+        monkeypatch.setattr(train_shared, "distributed", lambda: nullcontext(world))
+        tell(folder, "damaged", spec, world)
+        watch_losses(monkeypatch, lambda *_: Watched.calls.append(("step", "")))
+        tell(folder, "honest", spec, world)
+        monkeypatch.setattr(reading, "fetched_once", lambda fetches, _: (fetch() for fetch in fetches))
+        tell(folder, "everybody", spec, world)
+
+
+def tell(folder: Path, story: str, spec: TrainSharedSpec, world: World) -> None:
+    Watched.calls.clear()
+    try:
+        train_shared.body(at(spec, folder / story))
+        end = "done"
+    except FeddiffError as error:
+        end = f"{error.exit_code}: {error}"
+    (folder / f"{story}-{world.rank}.json").write_text(json.dumps({"end": end, "calls": Watched.calls}))
+
+
+if __name__ == "__main__":
+    be_a_rank(Path(sys.argv[1]))

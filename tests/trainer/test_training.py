@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from feddiff_protocol.errors import ConfigurationInvalid, DataInvalid, FeddiffError, Interrupted, SpecInvalid
 from feddiff_trainer import training
-from feddiff_trainer.checkpoints import CheckpointFolder
+from feddiff_trainer.checkpoints import Checkpoints
+from feddiff_trainer.stores import FolderStore
 from feddiff_trainer.training import BatchLoss, Progress, World, distributed, train
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -77,6 +79,21 @@ def run(loss: BatchLoss = denoising, world: World = ALONE, **changes: Any) -> nn
         "on_progress": lambda progress: None,
     }
     return train(small_denoiser(), loss, world=world, **{**arguments, **changes})
+
+
+def kept_in(folder: Path) -> Checkpoints:
+    return Checkpoints(FolderStore(folder.as_uri()), "run/")
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [int(path.name[:12]) for path in sorted((folder / "run").iterdir())]
+
+
+def saved() -> None:
+    """What is on its way to the store is there."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def at_call(number: int, act: Callable[[], None]) -> BatchLoss:
@@ -202,10 +219,10 @@ def test_run_stopped_by_a_signal_resumes_bit_for_bit(
 ) -> None:
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=f"after {BATCH * (call + 1)} of 320 images") as stopped:
-        run(at_call(call, lambda: os.kill(os.getpid(), number)), checkpoints=CheckpointFolder(tmp_path))
+        run(at_call(call, lambda: os.kill(os.getpid(), number)), checkpoints=kept_in(tmp_path))
     assert stopped.value.exit_code == 75
     assert signal.getsignal(number) is before
-    assert same_bits(weights(run(checkpoints=CheckpointFolder(tmp_path))), uninterrupted)
+    assert same_bits(weights(run(checkpoints=kept_in(tmp_path))), uninterrupted)
 
 
 def test_run_killed_between_checkpoints_resumes_bit_for_bit(tmp_path: Path, uninterrupted: WEIGHTS) -> None:
@@ -218,38 +235,39 @@ def test_run_killed_between_checkpoints_resumes_bit_for_bit(tmp_path: Path, unin
     now = [0.0]
 
     def minute_per_step(model: nn.Module, generator: torch.Generator, batch: int, mine: slice) -> Tensor:
+        saved()
         now[0] += 60
         return killing(model, generator, batch, mine)
 
     killing = at_call(11, kill)
-    folder = CheckpointFolder(tmp_path)
+    folder = kept_in(tmp_path)
     with pytest.raises(Killed):
         run(minute_per_step, checkpoints=folder, checkpoint_seconds=240, clock=lambda: now[0])
-    assert [int(path.name[:12]) for path in sorted(tmp_path.iterdir())] == [4, 8]
+    assert steps_in(tmp_path) == [4, 8]
     assert same_bits(weights(run(checkpoints=folder)), uninterrupted)
 
 
 def test_resume_without_the_optimizer_or_with_new_draws_would_show(tmp_path: Path, uninterrupted: WEIGHTS) -> None:
-    folder = CheckpointFolder(tmp_path)
+    folder = kept_in(tmp_path)
     with pytest.raises(Interrupted):
         run(at_call(9, terminate), checkpoints=folder)
     saved = folder.newest()
     assert saved is not None
     forgetful = {name: tensor * (not name.startswith("adam.")) for name, tensor in saved.tensors.items()}
-    CheckpointFolder(tmp_path / "forgetful").save(replace(saved, tensors=forgetful))
-    reseeded = CheckpointFolder(tmp_path / "reseeded")
+    kept_in(tmp_path / "forgetful").save(replace(saved, tensors=forgetful))
+    reseeded = kept_in(tmp_path / "reseeded")
     reseeded.save(replace(saved, settings={**saved.settings, "seed": "12"}))
-    assert not same_bits(weights(run(checkpoints=CheckpointFolder(tmp_path / "forgetful"))), uninterrupted)
+    assert not same_bits(weights(run(checkpoints=kept_in(tmp_path / "forgetful"))), uninterrupted)
     assert not same_bits(weights(run(checkpoints=reseeded, seed=12)), uninterrupted)
 
 
 def test_finished_run_trains_no_further(tmp_path: Path, uninterrupted: WEIGHTS) -> None:
-    run(checkpoints=CheckpointFolder(tmp_path))
+    run(checkpoints=kept_in(tmp_path))
 
     def never(*_: object) -> Tensor:
         raise AssertionError("a finished run takes no step")
 
-    assert same_bits(weights(run(never, checkpoints=CheckpointFolder(tmp_path))), uninterrupted)
+    assert same_bits(weights(run(never, checkpoints=kept_in(tmp_path))), uninterrupted)
 
 
 def test_signal_after_the_last_step_is_not_lost(tmp_path: Path, uninterrupted: WEIGHTS) -> None:
@@ -258,8 +276,8 @@ def test_signal_after_the_last_step_is_not_lost(tmp_path: Path, uninterrupted: W
             terminate()
 
     with pytest.raises(Interrupted):
-        run(on_progress=late, checkpoints=CheckpointFolder(tmp_path))
-    assert same_bits(weights(run(checkpoints=CheckpointFolder(tmp_path))), uninterrupted)
+        run(on_progress=late, checkpoints=kept_in(tmp_path))
+    assert same_bits(weights(run(checkpoints=kept_in(tmp_path))), uninterrupted)
 
 
 def test_stop_without_checkpoints_says_that_nothing_is_kept() -> None:
@@ -268,21 +286,21 @@ def test_stop_without_checkpoints_says_that_nothing_is_kept() -> None:
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    run(checkpoints=CheckpointFolder(tmp_path))
+    run(checkpoints=kept_in(tmp_path))
     with pytest.raises(SpecInvalid, match=r"expected batch = 8, found 16 \(1 differ\); it belongs to another run"):
-        run(checkpoints=CheckpointFolder(tmp_path), batch=8)
+        run(checkpoints=kept_in(tmp_path), batch=8)
     with pytest.raises(SpecInvalid, match=r"expected adam.mean.0.bias = torch.float32 \(2,\), found None"):
         other = nn.Sequential(nn.Linear(2, 2))
         arguments = {"num_images": 320, "batch": 16, "learning_rate": 0.01, "ema_width": 0.1, "seed": 11}
-        folder = CheckpointFolder(tmp_path)
+        folder = kept_in(tmp_path)
         train(other, denoising, world=ALONE, on_progress=lambda _: None, checkpoints=folder, **arguments)
 
 
 def test_loss_that_is_not_finite_stops_before_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DataInvalid, match="images 0 to 320: expected a finite loss, found nan") as stopped:
-        run(nan_at(5), checkpoints=CheckpointFolder(tmp_path), clock=lambda: 0.0)
+        run(nan_at(5), checkpoints=kept_in(tmp_path), clock=lambda: 0.0)
     assert stopped.value.exit_code == 65
-    assert CheckpointFolder(tmp_path).newest() is None
+    assert kept_in(tmp_path).newest() is None
 
 
 def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
@@ -290,8 +308,8 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
         return sum((0 * weight).sum() for weight in model.parameters()).sqrt()
 
     with pytest.raises(DataInvalid, match="step 1: expected finite weights"):
-        run(finite_with_infinite_gradient, num_images=1, checkpoints=CheckpointFolder(tmp_path))
-    assert CheckpointFolder(tmp_path).newest() is None
+        run(finite_with_infinite_gradient, num_images=1, checkpoints=kept_in(tmp_path))
+    assert kept_in(tmp_path).newest() is None
 
 
 def nan_at(number: int) -> BatchLoss:
@@ -387,7 +405,7 @@ def test_signal_to_one_rank_stops_both_and_both_resume_bit_for_bit(two_ranks: Ra
         stopped
         == ["Interrupted 75: stopped on request after 128 of 320 images; all of it is kept, run again to go on"] * 2
     )
-    assert list((two_ranks.folder / "checkpoints-1").iterdir()) == [], "rank 0 alone writes"
+    assert not (two_ranks.folder / "checkpoints-1").exists(), "rank 0 alone writes"
     expected = two_ranks.weights("honest")[0]
     assert all(same_bits(found, expected) for found in two_ranks.weights("resumed"))
 
@@ -418,8 +436,7 @@ def be_a_rank(folder: Path) -> None:
         leave_weights(folder, "honest", world, honest)
         leave_outcome(folder, "progress", world, seen)
         tell_mutants(folder, world)
-        checkpoints = CheckpointFolder(folder / f"checkpoints-{world.rank}")
-        checkpoints.path.mkdir()
+        checkpoints = kept_in(folder / f"checkpoints-{world.rank}")
         stopping = at_call(7, terminate) if world.rank == 1 else denoising
         tell(folder, "stopped", world, lambda: run(stopping, world, checkpoints=checkpoints))
         leave_weights(folder, "resumed", world, run(world=world, checkpoints=checkpoints))

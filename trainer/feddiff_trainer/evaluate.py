@@ -28,7 +28,7 @@ from .owner_page import Gallery, OwnerReport, owner_page
 from .pictures import LabelledImages, Pixels, grid, read_samples, to_pixels
 from .pooling import CENTRED_FROM, OwnerSummary, project_keeping_trace, unpacked
 from .records import Records, digest_records, read_holdout, read_source
-from .released import GaussianRelease, read_release
+from .released import GaussianRelease, Terms, read_releases
 from .report import class_name
 from .stage import report_progress, run_stage
 from .stores import Store, open_store
@@ -94,15 +94,8 @@ def own_release(store: Store, spec: EvaluateSpec) -> GaussianRelease | OwnerSumm
     """What everybody else saw of this owner. Raises DataInvalid if its release is not among those that count."""
     for reference in spec.releases:
         if reference.client == spec.client:
-            return read_release(
-                store,
-                spec.job.uid,
-                reference,
-                image=spec.image,
-                num_classes=spec.classes.count,
-                privacy=spec.privacy,
-                diffusion=spec.diffusion,
-            )
+            terms = Terms(spec.job.uid, spec.image, spec.classes.count, spec.privacy, spec.diffusion)
+            return read_releases(store, [reference], terms)[0]
     raise DataInvalid(f"releases: expected one of client {spec.client}, found none; evaluate only clients that count")
 
 

@@ -4,10 +4,10 @@ Whoever wrote them may be hostile: nothing is used before it is what the job say
 channels, H height, W width, K classes, D = C·H·W, M = D·(D + 1)/2 packed second moments.
 """
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,14 +16,16 @@ from torch import Tensor
 from feddiff_protocol import layout
 from feddiff_protocol.api import DiffusionSpec, ImageSpec, Mechanism, PrivacySpec
 from feddiff_protocol.errors import DataInvalid
-from feddiff_protocol.manifest import Manifest, ShardReference
+from feddiff_protocol.manifest import DOCUMENT_BYTES, Manifest, ShardReference
 from feddiff_protocol.promise import Promise, promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseReference
 
+from .fetching import ALONE, fetched_once
 from .noise import from_grid
 from .pooling import OwnerSummary
 from .shards import HEADER_BYTES, Integers, Layout, decode, grid_steps, layouts, num_shards
-from .stores import Store
+from .stores import Store, read_hashed
+from .training import World
 
 
 @dataclass(frozen=True)
@@ -37,47 +39,76 @@ class GaussianRelease:
     split_sigma: float
 
 
-def read_release(
-    store: Store,
-    job_uid: str,
-    reference: ReleaseReference,
-    *,
-    image: ImageSpec,
-    num_classes: int,
-    privacy: PrivacySpec,
-    diffusion: DiffusionSpec,
-) -> GaussianRelease | OwnerSummary:
-    """What one client released under this job. Raises InputMissing if it is not there, DataInvalid, with the client's
-    name, unless it is the very release that counts and everything it says of itself is what the job says."""
-    who = f"release of client {reference.client}"
-    promise = promise_of(privacy, diffusion)
-    manifest = _manifest(store, job_uid, reference, who)
-    _check_equal(who, "job", job_uid, manifest.job_uid)
-    _check_equal(who, "client", reference.client, manifest.client)
-    _check_equal(who, "privacy", privacy, manifest.privacy)
-    _check_equal(who, "diffusion", diffusion, manifest.diffusion)
-    _check_equal(who, "image", image, manifest.image)
-    _check_equal(who, "number of classes", num_classes, len(manifest.counts))
-    _check_grid(who, promise, diffusion, manifest)
-    shards = _shards(store, manifest, who)
+@dataclass(frozen=True)
+class Terms:
+    """What the job says of every release."""
+
+    job_uid: str
+    image: ImageSpec
+    num_classes: int
+    privacy: PrivacySpec
+    diffusion: DiffusionSpec
+
+
+def read_releases(
+    store: Store, references: Sequence[ReleaseReference], terms: Terms, world: World = ALONE
+) -> list[GaussianRelease | OwnerSummary]:
+    """What clients released under this job, in the order of `references`, on every rank; the store sends every object
+    once, whatever the number of ranks. No shard is fetched before all manifests are what they must be.
+
+    Raises InputMissing if something is not there, DataInvalid, with the client's name, unless it is the very release
+    that counts and everything it says of itself is what the job says.
+    """
+    fetches = [partial(_manifest_bytes, store, terms.job_uid, reference) for reference in references]
+    pairs = zip(references, fetched_once(fetches, world), strict=True)
+    manifests = [_manifest(data, reference, terms) for reference, data in pairs]
+    wanted = [(manifest, shard) for manifest in manifests for shard in manifest.shards]
+    contents = fetched_once([partial(_shard_bytes, store, *each) for each in wanted], world)
+    return [_release(manifest, contents) for manifest in manifests]
+
+
+def _release(manifest: Manifest, contents: Iterator[bytes]) -> GaussianRelease | OwnerSummary:
+    """The release of one manifest, its shards being the next of `contents`."""
+    promise = promise_of(manifest.privacy, manifest.diffusion)
+    shards = [
+        decode(shard_layout, next(contents), f"{_who(manifest.client)}: {shard.name}")
+        for shard_layout, shard in zip(_layouts(manifest), manifest.shards, strict=True)
+    ]
     if promise.mechanism is Mechanism.SUMMARY:
         return _summary(manifest, promise, shards)
-    return _gaussian(manifest, promise, shards, who)
+    return _gaussian(manifest, promise, shards)
+
+
+def _who(client: str) -> str:
+    return f"release of client {client}"
 
 
 # ---- The manifest --------------------------------------------------------------------------------------------
 
 
-def _manifest(store: Store, job_uid: str, reference: ReleaseReference, who: str) -> Manifest:
-    key = layout.manifest(job_uid, reference.client)
-    data = store.get(key)
-    found = hashlib.sha256(data).hexdigest()
+def _manifest_bytes(store: Store, job_uid: str, reference: ReleaseReference) -> bytes:
+    """The manifest that the planner heard of, whatever it says."""
+    data, found = _read(store, layout.manifest(job_uid, reference.client), DOCUMENT_BYTES, reference.client)
     if found != reference.manifest_sha256:
         raise DataInvalid(
-            f"{who}: expected a manifest with SHA-256 {reference.manifest_sha256}, found {found};"
+            f"{_who(reference.client)}: expected a manifest with SHA-256 {reference.manifest_sha256}, found {found};"
             " it was changed after its release, do not use it"
         )
-    return Manifest.from_bytes(data, f"{who}: manifest")
+    return data
+
+
+def _manifest(data: bytes, reference: ReleaseReference, terms: Terms) -> Manifest:
+    who = _who(reference.client)
+    manifest = Manifest.from_bytes(data, f"{who}: manifest")
+    _check_equal(who, "job", terms.job_uid, manifest.job_uid)
+    _check_equal(who, "client", reference.client, manifest.client)
+    _check_equal(who, "privacy", terms.privacy, manifest.privacy)
+    _check_equal(who, "diffusion", terms.diffusion, manifest.diffusion)
+    _check_equal(who, "image", terms.image, manifest.image)
+    _check_equal(who, "number of classes", terms.num_classes, len(manifest.counts))
+    _check_grid(who, promise_of(terms.privacy, terms.diffusion), terms.diffusion, manifest)
+    _check_shards(who, manifest)
+    return manifest
 
 
 def _check_equal(who: str, name: str, expected: object, found: object) -> None:
@@ -97,27 +128,19 @@ def _check_grid(who: str, promise: Promise, diffusion: DiffusionSpec, manifest: 
             _check_equal(who, f"grid of {name}", ours, theirs)
 
 
-# ---- The shards ----------------------------------------------------------------------------------------------
-
-
-def _shards(store: Store, manifest: Manifest, who: str) -> list[dict[str, Integers]]:
-    facts = manifest.privacy.mechanism, manifest.image, manifest.counts
-    _check_equal(who, "number of shards", num_shards(*facts), len(manifest.shards))
-    expected = layouts(*facts)
-    for shard_layout, shard in zip(expected, manifest.shards, strict=True):
+def _check_shards(who: str, manifest: Manifest) -> None:
+    """Refuses before a single byte of them is fetched."""
+    expected = num_shards(manifest.privacy.mechanism, manifest.image, manifest.counts)
+    _check_equal(who, "number of shards", expected, len(manifest.shards))
+    for shard_layout, shard in zip(_layouts(manifest), manifest.shards, strict=True):
         _check_size(shard_layout, shard, who)
-    return [_shard(store, manifest, *pair, who) for pair in zip(expected, manifest.shards, strict=True)]
 
 
-def _shard(
-    store: Store, manifest: Manifest, shard_layout: Layout, shard: ShardReference, who: str
-) -> dict[str, Integers]:
-    data = store.get(layout.released_shard(manifest.job_uid, manifest.client, shard.name))
-    return decode(shard_layout, _verified(data, shard, who), f"{who}: {shard.name}")
+def _layouts(manifest: Manifest) -> list[Layout]:
+    return layouts(manifest.privacy.mechanism, manifest.image, manifest.counts)
 
 
 def _check_size(shard_layout: Layout, shard: ShardReference, who: str) -> None:
-    """Refuses before a single byte is fetched."""
     least = shard_layout.values_bytes
     if not least < shard.num_bytes <= least + 8 + HEADER_BYTES:
         raise DataInvalid(
@@ -126,20 +149,33 @@ def _check_size(shard_layout: Layout, shard: ShardReference, who: str) -> None:
         )
 
 
-def _verified(data: bytes, shard: ShardReference, who: str) -> bytes:
-    found = hashlib.sha256(data).hexdigest()
+# ---- The shards ----------------------------------------------------------------------------------------------
+
+
+def _shard_bytes(store: Store, manifest: Manifest, shard: ShardReference) -> bytes:
+    """The bytes that the manifest speaks of, and no others."""
+    key = layout.released_shard(manifest.job_uid, manifest.client, shard.name)
+    data, found = _read(store, key, shard.num_bytes, manifest.client)
     if len(data) != shard.num_bytes or found != shard.sha256:
         raise DataInvalid(
-            f"{who}: {shard.name}: expected {shard.num_bytes} bytes with SHA-256 {shard.sha256}, found {len(data)} with"
-            f" {found}; it was damaged or changed, do not use it"
+            f"{_who(manifest.client)}: {shard.name}: expected {shard.num_bytes} bytes with SHA-256 {shard.sha256},"
+            f" found {len(data)} with {found}; it was damaged or changed, do not use it"
         )
     return data
+
+
+def _read(store: Store, key: str, most_bytes: int, client: str) -> tuple[bytes, str]:
+    try:
+        return read_hashed(store, key, most_bytes)
+    except DataInvalid as error:
+        raise DataInvalid(f"{_who(client)}: {error}") from None
 
 
 # ---- What they hold ------------------------------------------------------------------------------------------
 
 
-def _gaussian(manifest: Manifest, promise: Promise, shards: Sequence[dict[str, Integers]], who: str) -> GaussianRelease:
+def _gaussian(manifest: Manifest, promise: Promise, shards: Sequence[dict[str, Integers]]) -> GaussianRelease:
+    who = _who(manifest.client)
     labels_N = np.concatenate([shard["labels"] for shard in shards]).astype(np.int64)
     if labels_N.min(initial=0) < 0 or labels_N.max(initial=0) >= len(manifest.counts):
         raise DataInvalid(f"{who}: expected labels in 0..{len(manifest.counts) - 1}, found others; do not use it")

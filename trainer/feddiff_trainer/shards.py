@@ -89,7 +89,7 @@ def decode(layout: Layout, data: bytes, where: str) -> dict[str, Integers]:
     """
     header, values = _split(data, where)
     if set(header) != set(layout.tensors):
-        found = ", ".join(sorted(str(name)[:32] for name in header)[:5]) or "none"
+        found = ", ".join(sorted(ascii(name)[:32] for name in header)[:5]) or "none"
         raise _invalid(where, f"tensors {', '.join(sorted(layout.tensors))}", found)
     if len(values) != layout.values_bytes:
         raise _invalid(where, f"{layout.values_bytes} bytes of values", f"{len(values)}")
@@ -122,13 +122,13 @@ def _byte_range(entry: object, dtype: type[Any], shape: tuple[int, ...], where: 
     """Where a tensor's values lie, if its entry in the header says what is expected of it."""
     kind = f"I{8 * np.dtype(dtype).itemsize}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _invalid(where, "dtype, shape and data_offsets", str(entry)[:80])
+        raise _invalid(where, "dtype, shape and data_offsets", ascii(entry)[:80])
     if entry["dtype"] != kind or entry["shape"] != list(shape):
-        raise _invalid(where, f"{kind} of shape {list(shape)}", f"{entry['dtype']} of {entry['shape']}"[:80])
+        raise _invalid(where, f"{kind} of shape {list(shape)}", ascii((entry["dtype"], entry["shape"]))[:80])
     match entry["data_offsets"]:
         case [int(begin), int(end)] if begin >= 0 and end - begin == np.dtype(dtype).itemsize * math.prod(shape):
             return begin, end
-    raise _invalid(where, "offsets of as many bytes as the shape takes", str(entry["data_offsets"])[:80])
+    raise _invalid(where, "offsets of as many bytes as the shape takes", ascii(entry["data_offsets"])[:80])
 
 
 def _invalid(where: str, expected: str, found: str) -> DataInvalid:

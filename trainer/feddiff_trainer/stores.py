@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 KEY_LENGTH = 512
 BUCKET_RETRIES = 5  # a longer outage is for whoever starts stages: exit code 69
+PIECE_BYTES = 1 << 20
 PROBE = "probe-"  # starts the names of what check_creates_once may leave behind when it is killed
 _KEY_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # a leading dot is for files in the making
 
@@ -63,6 +64,10 @@ class Store(Protocol):
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises InputMissing when there is none."""
+        ...
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """The object's bytes in pieces, for whoever must not take more than it expects. Raises as `get`."""
         ...
 
     def put(self, key: str, data: bytes) -> None:
@@ -121,6 +126,18 @@ def get_verified(store: Store, key: str, sha256: str) -> bytes:
     return data
 
 
+def read_hashed(store: Store, key: str, most_bytes: int) -> tuple[bytes, str]:
+    """The object and its SHA-256, taken while it streams in. Raises DataInvalid if it has more than `most_bytes`,
+    having read little more than them: whoever put it there may be hostile."""
+    data, digest = bytearray(), hashlib.sha256()
+    for piece in store.stream(key):
+        digest.update(piece)
+        data += piece
+        if len(data) > most_bytes:
+            raise DataInvalid(f"{key}: expected at most {most_bytes} bytes, found more; do not use it")
+    return bytes(data), digest.hexdigest()
+
+
 def check_creates_once(store: Store, prefix: str) -> None:
     """Returns if `store` honours create-if-absent below `prefix`. Raises PrivacyRefusal if it does not: then two
     attempts could both believe that theirs is the release."""
@@ -173,6 +190,12 @@ class FolderStore:
         path = self._path(key)
         with _read_errors(f"{self.uri}/{key}"):
             return path.read_bytes()
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        path = self._path(key)
+        with _read_errors(f"{self.uri}/{key}"), path.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                yield piece
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
@@ -300,6 +323,11 @@ class BucketStore:
 
     def get(self, key: str) -> bytes:
         return self._call(key, lambda: bytes(self._obstore.get(self._bucket, _checked(key)).bytes()), InputMissing)
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        pieces = self._call(key, lambda: self._obstore.get(self._bucket, _checked(key)).stream(), InputMissing)
+        while piece := self._call(key, lambda: next(pieces, None), InputMissing):
+            yield bytes(piece)
 
     def put(self, key: str, data: bytes) -> None:
         self._call(key, lambda: self._obstore.put(self._bucket, _checked(key), data), OutputFailed)

@@ -3,7 +3,6 @@ personal.releaseSigma up, on what everybody released. It is not private for its 
 owner's store."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainPersonalSpec
 
 from .batches import Source, clip_mixed, filling_draws, loss_of, mixed, records
-from .checkpoints import CheckpointFolder
+from .checkpoints import Checkpoints
 from .denoisers import denoiser_bytes
 from .denoising import ClassGaussian
 from .network import Denoiser
@@ -23,13 +22,14 @@ from .pooling import OwnerSummary, exact_summary, pool
 from .records import Records, read_source
 from .stage import report_progress, run_stage
 from .stores import open_store
-from .train_shared import EMA_WIDTH, SIGMA_DATA, Releases, from_releases, image_shape, network_config, read_releases
+from .train_shared import EMA_WIDTH, SIGMA_DATA, Releases, from_releases, image_shape, network_config, releases_of
 from .training import Progress, distributed, train
 
 
 def body(spec: TrainPersonalSpec) -> dict[str, str]:
     own = read_source(spec.source, spec.image, spec.classes)
-    releases = read_releases(open_store(spec.federation_store, "federation"), spec, spec.classes.count)
+    releases = releases_of(spec, open_store(spec.federation_store, "federation"), spec.classes.count)
+    owner_store = open_store(spec.owner_store, "owner")
     with distributed() as world:
         denoiser = train(
             initial_denoiser(spec),
@@ -41,11 +41,9 @@ def body(spec: TrainPersonalSpec) -> dict[str, str]:
             ema_width=EMA_WIDTH,
             seed=0,
             on_progress=show_progress,
-            checkpoints=CheckpointFolder(Path(spec.checkpoints)),
+            checkpoints=Checkpoints(owner_store, layout.personal_checkpoints(spec.job.uid, spec.client)),
         )
-    open_store(spec.owner_store, "owner").put(
-        layout.personal_denoiser(spec.job.uid, spec.client), denoiser_bytes(denoiser)
-    )
+    owner_store.put(layout.personal_denoiser(spec.job.uid, spec.client), denoiser_bytes(denoiser))
     return {}
 
 

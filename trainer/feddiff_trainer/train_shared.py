@@ -3,7 +3,6 @@
 import hashlib
 import math
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,14 @@ from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainSharedSpec
 
 from .batches import Source, loss_of, noised_images, pool_draws, records
-from .checkpoints import CheckpointFolder
+from .checkpoints import Checkpoints
 from .denoisers import denoiser_bytes
 from .denoising import ClassGaussian
 from .drawing import draw_shared, drawing_of, labels_of, pack, to_pixels
+from .fetching import ALONE
 from .network import Denoiser, NetworkConfig
 from .pooling import OwnerSummary, pool
-from .released import GaussianRelease, read_release
+from .released import GaussianRelease, Terms, read_releases
 from .stage import report_progress, run_stage
 from .stores import Store, open_store
 from .training import BatchLoss, Progress, World, distributed, train
@@ -35,8 +35,9 @@ REPORTED_PER_CLASS = 10
 def body(spec: TrainSharedSpec) -> dict[str, str]:
     store = open_store(spec.federation_store, "federation")
     with distributed() as world:
-        releases = read_releases(store, spec, spec.num_classes)
-        denoiser = shared_denoiser(spec, releases, world)
+        releases = releases_of(spec, store, spec.num_classes, world)
+        checkpoints = Checkpoints(store, layout.shared_checkpoints(spec.job.uid))
+        denoiser = shared_denoiser(spec, releases, world, checkpoints)
         if world.rank != 0:
             return {}
         weights = denoiser_bytes(denoiser)
@@ -45,7 +46,9 @@ def body(spec: TrainSharedSpec) -> dict[str, str]:
         return {"denoiser": hashlib.sha256(weights).hexdigest()}
 
 
-def shared_denoiser(spec: TrainSharedSpec, releases: Releases, world: World) -> nn.Module:
+def shared_denoiser(
+    spec: TrainSharedSpec, releases: Releases, world: World, checkpoints: Checkpoints | None = None
+) -> nn.Module:
     """The shared denoiser: trained, or the pooled Gaussian's own where the job asks for the closed form."""
     if spec.shared.denoiser == "closedForm":
         return pool_of(releases, spec).to(world.device)
@@ -61,7 +64,7 @@ def shared_denoiser(spec: TrainSharedSpec, releases: Releases, world: World) -> 
         ema_width=EMA_WIDTH,
         seed=0,
         on_progress=show_progress_and_loss,
-        checkpoints=CheckpointFolder(Path(spec.checkpoints)),
+        checkpoints=checkpoints,
     )
 
 
@@ -90,20 +93,12 @@ def from_releases(
     return noised_images(y_NCHW.to(device), label_N.to(device), split, highest)
 
 
-def read_releases(store: Store, spec: TrainSharedSpec | OwnerStageSpec, num_classes: int) -> Releases:
-    """Every release that counts, verified, in the order of the job's clients."""
-    return [
-        read_release(
-            store,
-            spec.job.uid,
-            reference,
-            image=spec.image,
-            num_classes=num_classes,
-            privacy=spec.privacy,
-            diffusion=spec.diffusion,
-        )
-        for reference in spec.releases
-    ]
+def releases_of(
+    spec: TrainSharedSpec | OwnerStageSpec, store: Store, num_classes: int, world: World = ALONE
+) -> Releases:
+    """Every release that counts, verified, in the order of the job's clients, on every rank."""
+    terms = Terms(spec.job.uid, spec.image, num_classes, spec.privacy, spec.diffusion)
+    return read_releases(store, spec.releases, terms, world)
 
 
 def pool_of(releases: Releases, spec: TrainSharedSpec | OwnerStageSpec) -> ClassGaussian:

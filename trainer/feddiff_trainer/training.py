@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from feddiff_protocol.errors import ConfigurationInvalid, DataInvalid, Interrupted, SpecInvalid, StorageFailed
 
-from .checkpoints import Checkpoint, CheckpointFolder
+from .checkpoints import MENDABLE, STOP_SECONDS, Checkpoint, Checkpoints, Saver
 
 WARM_UP, LONGEST_WARM_UP = 0.05, 1000  # of all steps; steps
 PROGRESS_SECONDS = 1.0  # also how late a loss that is not finite may be noticed
@@ -74,7 +74,8 @@ def train(
     ema_width: float,
     seed: int,
     on_progress: Callable[[Progress], None],
-    checkpoints: CheckpointFolder | None = None,
+    on_checkpoint: Callable[[], None] = lambda: None,
+    checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> M:
@@ -82,12 +83,13 @@ def train(
 
     Trains for num_images images, rounded up to whole batches; `batch` counts the images of all ranks together,
     learning_rate is the peak of the schedule, ema_width ∈ (0, 0.28) the average's width as a share of the run.
-    Rank 0 alone calls on_progress and reads and writes checkpoints, at least every checkpoint_seconds of `clock`,
-    when stopped and at the end; a run that finds one goes on from there. Buffers of the model are not trained.
+    Rank 0 alone calls on_progress, reads and writes checkpoints, and calls on_checkpoint, in another thread, when one
+    is stored: every checkpoint_seconds of `clock`, training going on meanwhile, when stopped and at the end. A run
+    that finds one goes on from there. Buffers of the model are not trained.
 
     Raises Interrupted (75) on all ranks, after a checkpoint, when any received SIGTERM or SIGINT; DataInvalid if
     loss or weights stop being finite; SpecInvalid if ranks do not divide the batch or a checkpoint belongs to
-    another run.
+    another run; StoreUnavailable (69) if the last checkpoint, no earlier one, finds no store that answers.
     """
     mine = rank_slice(batch, world)
     num_steps = math.ceil(num_images / batch)
@@ -97,8 +99,10 @@ def train(
     ema = copy.deepcopy(model.to(world.device)).requires_grad_(False).eval()
     run = _Run(model.train(), ema, {name: repr(value) for name, value in settings.items()})
     generator, autocast = torch.Generator(world.device), world.device.type == "cuda"
-    with caught_signals() as signals:
+    mine_to_keep = checkpoints if world.rank == 0 else None
+    with caught_signals() as signals, Saver(mine_to_keep, on_checkpoint) as saver:
         run.resume(checkpoints, world)
+        saver.saved_step = run.step
         averaged, meter = _averaged(model, world), _Meter(world, clock)
         saving, reporting = _Every(checkpoint_seconds, clock), _Every(PROGRESS_SECONDS, clock)
         stop = False
@@ -109,16 +113,20 @@ def train(
             torch.autograd.backward(loss)
             run.advance(learning_rate * schedule(run.step, num_steps), gamma)
             meter.add(loss)
-            stop, save, report = _agree((bool(signals), saving.due(), reporting.due()), world)
-            save = save or stop or run.step == num_steps
-            if save or report:
+            stop, save, report = _agree((bool(signals), saver.idle and saving.due(), reporting.due()), world)
+            last = stop or run.step == num_steps
+            if last or save or report:
                 progress = meter.read(min(run.step * batch, num_images), num_images, batch)
                 if world.rank == 0:
                     on_progress(progress)
-            if save:
-                run.save(checkpoints, world)
+            if last:
+                _save_last(saver, run.checkpoint(), stop)
+            elif save:
+                saver.begin(run.checkpoint())
+        # Nobody leaves before the last checkpoint is stored: whoever started the ranks ends those that are left.
+        saved_step = _first_ranks(saver.saved_step, world)
         if stop or signals:  # the latter: noticed by nobody in the loop, because it came after the last step
-            raise Interrupted(_farewell(min(run.step * batch, num_images), num_images, checkpoints))
+            raise Interrupted(_farewell(run.step, saved_step, batch, num_images))
     return ema
 
 
@@ -250,32 +258,31 @@ class _Run:
             named |= {f"adam.mean.{name}": mean, f"adam.square.{name}": square}
         return named
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint, place: str) -> None:
         """This run stands where the checkpoint was written. Raises SpecInvalid if it was written by another run."""
         tensors = self.tensors()
-        _require_same("settings", self.settings, checkpoint.settings)
-        _require_same("tensors", _forms(tensors), _forms(checkpoint.tensors))
+        _require_same("settings", self.settings, checkpoint.settings, place)
+        _require_same("tensors", _forms(tensors), _forms(checkpoint.tensors), place)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(checkpoint.tensors[name])
         self.step = checkpoint.step
 
-    def save(self, checkpoints: CheckpointFolder | None, world: World) -> None:
-        """Rank 0 writes a checkpoint. Raises DataInvalid, on every rank, if a weight is not finite."""
+    def checkpoint(self) -> Checkpoint:
+        """This very state, the live tensors. Raises DataInvalid, on every rank, if a weight is not finite."""
         if not all(bool(weight.isfinite().all()) for weight in self.weights):
             raise DataInvalid(f"step {self.step}: expected finite weights, found NaN or infinity; {DIVERGED}")
-        if checkpoints is not None and world.rank == 0:
-            checkpoints.save(Checkpoint(self.step, self.settings, self.tensors()))
+        return Checkpoint(self.step, self.settings, self.tensors())
 
-    def resume(self, checkpoints: CheckpointFolder | None, world: World) -> None:
-        """Every rank stands where rank 0's newest checkpoint was written; without one, where rank 0 starts."""
-        checkpoint = checkpoints.newest() if checkpoints is not None and world.rank == 0 else None
-        if checkpoint is not None:
-            self.load(checkpoint)
+    def resume(self, checkpoints: Checkpoints | None, world: World) -> None:
+        """Every rank stands where rank 0's newest checkpoint was written; without one, where rank 0 starts.
+
+        Rank 0 hands out what it read, not its name: the store sends it once, and no rank can find another one.
+        """
+        if checkpoints is not None and world.rank == 0 and (checkpoint := checkpoints.newest()) is not None:
+            self.load(checkpoint, checkpoints.place)
         if world.world_size > 1:
-            step = torch.tensor(self.step)
-            dist.broadcast(step, src=0)
-            self.step = int(step)
+            self.step = _first_ranks(self.step, world)
             for tensor in self.tensors().values():
                 dist.broadcast(tensor, src=0)
 
@@ -284,14 +291,14 @@ def _forms(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
 
 
-def _require_same(what: str, expected: dict[str, str], found: dict[str, str]) -> None:
+def _require_same(what: str, expected: dict[str, str], found: dict[str, str], place: str) -> None:
     """Both are equal; SpecInvalid names what differs."""
     differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if differ:
         name = differ[0]
         raise SpecInvalid(
             f"checkpoint {what}: expected {name} = {expected.get(name)}, found {found.get(name)} "
-            f"({len(differ)} differ); it belongs to another run, give this one a folder of its own"
+            f"({len(differ)} differ); it belongs to another run: to begin anew, delete what is below {place}"
         )
 
 
@@ -358,9 +365,29 @@ def _agree(wishes: tuple[bool, bool, bool], world: World) -> tuple[bool, bool, b
     return stop, save, report
 
 
-def _farewell(images: int, num_images: int, checkpoints: CheckpointFolder | None) -> str:
-    kept = "nothing is kept" if checkpoints is None else "all of it is kept, run again to go on"
-    return f"stopped on request after {images} of {num_images} images; {kept}"
+def _save_last(saver: Saver, checkpoint: Checkpoint, stop: bool) -> None:
+    """The last checkpoint is in the store; when stopped, an older one has to do if the store does not take it."""
+    try:
+        saver.finish(checkpoint, STOP_SECONDS if stop else None)
+    except MENDABLE:
+        if not stop:
+            raise
+
+
+def _first_ranks(number: int, world: World) -> int:
+    """Rank 0's number, on every rank."""
+    if world.world_size == 1:
+        return number
+    shared = torch.tensor(number)
+    dist.broadcast(shared, src=0)
+    return int(shared)
+
+
+def _farewell(step: int, saved_step: int, batch: int, num_images: int) -> str:
+    images, saved = (min(each * batch, num_images) for each in (step, saved_step))
+    kept = "nothing" if saved == 0 else "all of it" if saved == images else f"what {saved} of them taught"
+    again = ", run again to go on" if saved else ""
+    return f"stopped on request after {images} of {num_images} images; {kept} is kept{again}"
 
 
 def _environment() -> tuple[int, int, int]:

@@ -84,7 +84,7 @@ def test_what_happens_is_counted_with_labels_that_cannot_grow() -> None:
     metrics.watch_event("Pod", 99.0)
     metrics.led(True)
     metrics.refused("PrivacyBudgetExceeded")
-    metrics.gauge("reconcile_queue_depth", "Objects that wait", lambda: 7)
+    metrics.queue(lambda: 7, lambda: 0.5)
     assert value(metrics, "feddiff_api_requests_total", verb="create", resource="jobs", code="201") == 100
     conflicts = {"verb": "update", "resource": "privatedatasets/status", "code": "409"}
     assert value(metrics, "feddiff_api_requests_total", **conflicts) == 100

@@ -17,10 +17,12 @@ from feddiff_operator import workloads
 from feddiff_operator.cluster import CONFIG_MAP, FDJ, JOB, PDS, POD, PRL, SERVICE, Invalid, Refused
 from feddiff_operator.ledger import ClusterLedger
 from feddiff_operator.metrics import Metrics
+from feddiff_operator.progress import Progresses
 from feddiff_operator.reconcile import Reconciler
 from feddiff_operator.settings import Settings
 from feddiff_protocol.ledger import inconsistency
 from feddiff_protocol.ledger_objects import account_of, entry_of
+from feddiff_protocol.telemetry import StageProgress
 
 Object = dict[str, Any]
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -43,6 +45,8 @@ class World:
     def __init__(self, outcome: Callable[[Object, Object], Any] | None = None, **spec: Any) -> None:
         self.platform = Platform(outcome or self.good)
         self.now = START
+        self.metrics = Metrics()
+        self.told: dict[str, StageProgress] = {}  # what pods say of their progress, by address
         self.recorder = Recorder()
         for client in "ab":
             self.platform.put(PDS, dataset(client))
@@ -58,9 +62,13 @@ class World:
     def operator(self, cluster: Any = None) -> Reconciler:
         cluster = cluster or self.platform
         settings = Settings(trainer_image="trainer:test")
+        ledger = ClusterLedger(cluster, self.clock, no_sleep)
         return Reconciler(
-            cluster, ClusterLedger(cluster, self.clock, no_sleep), settings, self.recorder, Metrics(), self.clock
+            cluster, ledger, settings, self.recorder, self.metrics, self.clock, Progresses(self.clock, self.ask)
         )
+
+    async def ask(self, address: str) -> StageProgress | None:
+        return self.told.get(address)
 
     def clock(self) -> datetime:
         return self.now

@@ -65,9 +65,9 @@ def targets(jobs: Iterable[Object], pods: Iterable[Object]) -> list[Target]:
 def _place(job: Object, pod: Object) -> tuple[str, str] | None:
     """The pod's uid and address, if it is one to ask."""
     metadata, status = pod["metadata"], pod.get("status") or {}
-    controller = (metadata.get("labels") or {}).get("batch.kubernetes.io/controller-uid")
+    said = {**(metadata.get("labels") or {}), **(metadata.get("annotations") or {})}
+    controller, first = said.get("batch.kubernetes.io/controller-uid"), said.get(COMPLETION_INDEX, "0") == "0"
     own = metadata.get("namespace") == job["metadata"].get("namespace")
-    first = (metadata.get("annotations") or {}).get(COMPLETION_INDEX, "0") == "0"
     running = status.get("phase") == "Running" and not metadata.get("deletionTimestamp")
     address = str(status.get("podIP", ""))
     if not (own and first and running and controller in (None, job["metadata"].get("uid"))):

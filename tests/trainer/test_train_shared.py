@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -17,13 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor, nn
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import parse
 from feddiff_protocol.errors import DataInvalid, Interrupted
 from feddiff_protocol.promise import promise_of, schedule_of
-from feddiff_protocol.stages import ReleaseSpec, TrainSharedSpec
+from feddiff_protocol.stages import ReleaseSpec, Stage, TrainSharedSpec
+from feddiff_protocol.telemetry import told_by
 from feddiff_trainer import train_shared, training
 from feddiff_trainer.batches import Source
 from feddiff_trainer.denoisers import denoiser_from_bytes
@@ -33,6 +36,7 @@ from feddiff_trainer.pictures import read_samples
 from feddiff_trainer.pooling import pool
 from feddiff_trainer.release import release
 from feddiff_trainer.stores import open_store
+from feddiff_trainer.telemetry import telling
 from feddiff_trainer.train_shared import read_releases
 from feddiff_trainer.training import BatchLoss, World
 
@@ -140,6 +144,22 @@ def result(spec: TrainSharedSpec) -> tuple[bytes, bytes]:
     data = store.get(layout.shared_denoiser(UID))
     assert outputs == {"denoiser": hashlib.sha256(data).hexdigest()}
     return data, store.get(layout.shared_samples(UID))
+
+
+def test_what_the_training_tells_is_what_it_did(tmp_path: Path) -> None:
+    """One scrape at its end: the counts are the spec's, and nothing is said of a GPU that is not there."""
+    spec = prepared(tmp_path, "summary")
+    began = time.time()
+    with telling(spec) as told:
+        train_shared.body(spec)
+    families = text_string_to_metric_families(told.exposition().decode())
+    found = {sample.name: sample.value for family in families for sample in family.samples}
+    assert found["feddiff_trainer_steps_total"] == STEPS and found["feddiff_trainer_images_total"] == STEPS * BATCH
+    assert found["feddiff_trainer_progress_ratio"] == found["feddiff_stage_progress_ratio"] == 1
+    assert began <= found["feddiff_trainer_checkpoint_timestamp_seconds"] <= time.time()
+    assert found["feddiff_trainer_loss"] > 0 and found["feddiff_trainer_data_wait_seconds_total"] > 0
+    assert "feddiff_trainer_gpu_memory_bytes" not in found or torch.cuda.is_available()
+    assert found.keys() <= {metric.name for metric in told_by(Stage.TRAIN_SHARED)}
 
 
 def watch_losses(monkeypatch: pytest.MonkeyPatch, act: Callable[[float, float], None]) -> None:

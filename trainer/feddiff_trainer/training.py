@@ -74,6 +74,7 @@ def train(
     ema_width: float,
     seed: int,
     on_progress: Callable[[Progress], None],
+    on_checkpoint: Callable[[], None] = lambda: None,
     checkpoints: CheckpointFolder | None = None,
     checkpoint_seconds: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
@@ -82,8 +83,9 @@ def train(
 
     Trains for num_images images, rounded up to whole batches; `batch` counts the images of all ranks together,
     learning_rate is the peak of the schedule, ema_width ∈ (0, 0.28) the average's width as a share of the run.
-    Rank 0 alone calls on_progress and reads and writes checkpoints, at least every checkpoint_seconds of `clock`,
-    when stopped and at the end; a run that finds one goes on from there. Buffers of the model are not trained.
+    Rank 0 alone calls on_progress and on_checkpoint (one was saved), and reads and writes checkpoints, at least every
+    checkpoint_seconds of `clock`, when stopped and at the end; a run that finds one goes on from there. Buffers of the
+    model are not trained.
 
     Raises Interrupted (75) on all ranks, after a checkpoint, when any received SIGTERM or SIGINT; DataInvalid if
     loss or weights stop being finite; SpecInvalid if ranks do not divide the batch or a checkpoint belongs to
@@ -117,6 +119,8 @@ def train(
                     on_progress(progress)
             if save:
                 run.save(checkpoints, world)
+                if checkpoints is not None and world.rank == 0:
+                    on_checkpoint()
         if stop or signals:  # the latter: noticed by nobody in the loop, because it came after the last step
             raise Interrupted(_farewell(min(run.step * batch, num_images), num_images, checkpoints))
     return ema

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from batch_objects import job, manifests
 from cluster.kubernetes import PROGRAMS
 from feddiff_operator.drain import parse_arguments
 from feddiff_operator.settings import Settings, parse_settings
+from feddiff_protocol.stages import Stage
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts/feddiff"
@@ -110,8 +112,8 @@ def test_every_boolean_value_is_a_toggle_that_was_tried() -> None:
 @pytest.mark.parametrize("kind", ["PodMonitor", "ServiceMonitor"])
 def test_a_monitor_reads_the_port_that_the_operator_serves(kind: str) -> None:
     objects = render(f"monitoring.{kind[0].lower()}{kind[1:]}=true", "monitoring.labels.release=prometheus")
-    (monitor,) = of_kind(objects, "PodMonitor", "ServiceMonitor")
-    assert monitor["kind"] == kind and monitor["metadata"]["labels"]["release"] == "prometheus"
+    monitor = named(objects, kind, "feddiff-operator")
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
     (endpoint,) = monitor["spec"].get("endpoints") or monitor["spec"]["podMetricsEndpoints"]
     deployment = named(objects, "Deployment", "feddiff-operator")["spec"]["template"]
     service = named(objects, "Service", "feddiff-operator")
@@ -119,6 +121,19 @@ def test_a_monitor_reads_the_port_that_the_operator_serves(kind: str) -> None:
     assert monitor["spec"]["selector"]["matchLabels"].items() <= carries.items()
     assert endpoint["port"] in {port["name"] for port in deployment["spec"]["containers"][0]["ports"]}
     assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+
+
+@pytest.mark.parametrize("scope", [CLUSTER, NAMESPACES], ids=["cluster", "namespaces"])
+def test_a_monitor_reads_the_port_that_stages_serve_wherever_they_run(scope: list[str]) -> None:
+    objects = render(*scope, "monitoring.podMonitor=true", "monitoring.labels.release=prometheus")
+    monitor = named(objects, "PodMonitor", "feddiff-stages")
+    where = {"matchNames": ["clinic-a", "clinic-b", "research"]} if scope == NAMESPACES else {"any": True}
+    assert monitor["metadata"]["labels"]["release"] == "prometheus" and monitor["spec"]["namespaceSelector"] == where
+    pod = manifests(job(), Stage.RELEASE, "a")[-1]["spec"]["template"]
+    (wanted,), (endpoint,) = monitor["spec"]["selector"]["matchExpressions"], monitor["spec"]["podMetricsEndpoints"]
+    assert wanted["operator"] == "Exists" and wanted["key"] in pod["metadata"]["labels"]
+    assert endpoint["port"] in {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
+    assert not of_kind(render(*scope, "monitoring.serviceMonitor=true"), "PodMonitor")
 
 
 def test_no_object_is_made_twice() -> None:
@@ -271,9 +286,11 @@ def test_the_operator_understands_the_command_line_that_it_gets() -> None:
     assert settings == Settings(trainer_image="localhost/feddiff-trainer:0.1.0")
     assert settings_of(render(*NAMESPACES)).namespaces == ("clinic-a", "clinic-b", "research")
     changed = ["leaseSeconds=3", "workers=4", "apiQps=20", "apiBurst=70", "resyncSeconds=5", "livenessSeconds=150"]
+    changed.append("progressSeconds=0")
     settings = settings_of(render(*(f"operator.{each}" for each in changed)))
     numbers = (settings.lease_seconds, settings.workers, settings.api_qps, settings.api_burst)
     assert numbers == (3, 4, 20, 70) and (settings.resync_seconds, settings.liveness_seconds) == (5, 150)
+    assert settings.progress_seconds == 0
 
 
 def test_the_drain_is_told_the_same_lease_and_namespaces_as_the_operator() -> None:

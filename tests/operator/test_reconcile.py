@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.kubelet import receipt_of
 from fake_cluster import Killed, Mortal, Platform, SeenChildren, no_sleep
@@ -22,6 +23,7 @@ from feddiff_operator.reconcile import Reconciler
 from feddiff_operator.settings import Settings
 from feddiff_protocol.ledger import inconsistency
 from feddiff_protocol.ledger_objects import account_of, entry_of
+from feddiff_protocol.stages import Stage
 from feddiff_protocol.telemetry import StageProgress
 
 Object = dict[str, Any]
@@ -396,3 +398,66 @@ def test_jobs_of_an_earlier_job_of_the_same_name_are_removed() -> None:
 
     asyncio.run(story())
     assert world.platform.peek(JOB) == []
+
+
+# ---- progress and what is counted --------------------------------------------------------------------------------
+
+
+def test_a_running_trainings_progress_reaches_the_status_and_a_finished_job_is_asked_no_more() -> None:
+    async def story() -> None:
+        trained = False
+
+        def outcome(pod: Object, child: Object) -> tuple[int, str] | None:
+            waits = child["metadata"]["labels"]["feddiff.dev/stage"] == "train-shared" and not trained
+            return None if waits else world.good(pod, child)
+
+        world = World(outcome)
+        operator = world.operator()
+
+        def training() -> bool:
+            """The shared training is all that runs."""
+            stages = {each["stage"]: each for each in world.status.get("stages", [])}
+            return bool(stages and stages["train-shared"]["running"] and stages["train-personal"]["succeeded"] == 2)
+
+        await world.go_on(operator, training)
+        for pod in world.platform.peek(POD):
+            rank = pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]
+            world.platform.put(POD, {**pod, "status": {**pod["status"], "podIP": f"10.0.0.{int(rank) + 1}"}})
+        await world.look(operator)
+        before, version = world.status["progress"], world.platform.version
+        assert await operator.progress.round() == [] and world.platform.version == version, "nobody answers"
+
+        for images in (500_000, 1_000_000):
+            world.told = {"10.0.0.1": StageProgress(stage=Stage.TRAIN_SHARED, done=images, total=2_000_000)}
+            assert await operator.progress.round() == [("research", "job")]
+            world.now += timedelta(minutes=10)
+        await world.look(operator)
+        assert {each["stage"]: each["percent"] for each in world.status["stages"]}["train-shared"] == 50
+        assert world.status["progress"] > before and "eta" in world.status
+        version = world.platform.version
+        await world.look(operator)
+        assert world.platform.version == version, "the same is not written twice"
+
+        trained = True
+        await world.go_on(operator, world.ended)
+        await world.look(operator)
+        world.told = {"10.0.0.1": StageProgress(stage=Stage.TRAIN_SHARED, done=1, total=2)}
+        assert operator.progress.of("research", "job") == {} and await operator.progress.round() == []
+        assert (world.status["progress"], "eta" in world.status) == ("100 %", False)
+
+    asyncio.run(story())
+
+
+def test_charges_and_ended_attempts_are_counted_once() -> None:
+    world = World()
+    asyncio.run(world.go_on(world.operator(), world.ended))
+    families = text_string_to_metric_families(world.metrics.exposition().decode())
+    samples = [sample for family in families for sample in family.samples]
+    assert [sample.value for sample in samples if sample.name == "feddiff_privacy_releases_total"] == [2]
+    ended = {
+        (sample.labels["stage"], sample.labels["result"]): sample.value
+        for sample in samples
+        if sample.name == "feddiff_stage_duration_seconds_count"
+    }
+    of_clients = {(stage.value, "succeeded"): 2 for stage in Stage}
+    assert ended == {**of_clients, ("train-shared", "succeeded"): 1, ("report", "succeeded"): 1}

@@ -40,8 +40,9 @@ images: $(VENV)/.dev
 crds: $(VENV)/.dev
 	$(BIN)/python -m feddiff.crds crds
 
-# install.yaml and the chart's table of values, from the chart; after every change of the kinds, too.
+# install.yaml, the dashboards and the chart's table of values; after every change of the kinds, too.
 manifests: crds kube
+	$(BIN)/python charts/dashboards.py
 	$(BIN)/python charts/generate.py $${FEDDIFF_KUBE:-$$HOME/.cache/feddiff/kube}/helm
 
 # PIP_FIND_LINKS passes through: whoever has a +cpu wheel of torch in such a folder gets it.

@@ -29,6 +29,7 @@ def served_by_operator() -> set[Row]:
         lambda: [job_facts(job)], lambda: [dataset_facts(dataset)], lambda: {watched: 1.0}, lambda: {watched: 1}
     )
     metrics.queue(lambda: 0, lambda: 0.0)
+    metrics.resync(600)
     metrics.reconciled("FederatedDiffusionJob", "success", 1.0, 1.0)
     metrics.api_request("get", watched, "200", 1.0)
     metrics.watch_event("Pod", 1.0)

@@ -183,6 +183,7 @@ class Operator:
             POD: (seen.child_pods, self._child_changed),
         }
         metrics.queue(lambda: self._queue.depth, lambda: self._queue.oldest_seconds)
+        metrics.resync(settings.resync_seconds)
         datasets, watches = lambda: map(dataset_facts, seen.datasets), self._watches
         metrics.states(lambda: seen.jobs, datasets, watches.silent_seconds, watches.reopened)
 

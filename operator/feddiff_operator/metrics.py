@@ -14,6 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from feddiff_protocol.plan import Reason
+
 from .watch import resource_of
 
 RECONCILE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -142,6 +144,8 @@ class Metrics:
         )
         self._leader: Gauge = named(Gauge, "leader", "1 while this replica leads")
         self._refusals: Counter = named(Counter, "privacy_refusals", "Releases that were not admitted", ("reason",))
+        for reason in (Reason.PRIVACY_BUDGET_EXCEEDED, Reason.ACCESS_DENIED):
+            self._refusals.labels(reason.value)  # from zero on, or Prometheus would not see the first one as a rise
         self._releases: Counter = named(Counter, "privacy_releases", "Releases that were charged; no charge comes back")
         self._stage_seconds: Histogram = named(
             Histogram,
@@ -202,6 +206,10 @@ class Metrics:
         """How much waits for a worker, asked for at every scrape."""
         self._gauge("reconcile_queue_depth", "Objects that wait for a worker", depth)
         self._gauge("reconcile_queue_oldest_seconds", "Longest of these waits", oldest_seconds)
+
+    def resync(self, seconds: float) -> None:
+        """How often everything is looked at again; what is late is late by this measure."""
+        self._gauge("resync_seconds", "Everything is looked at again this often", lambda: seconds)
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(name, text, namespace="feddiff", registry=self.registry).set_function(value)
@@ -282,7 +290,7 @@ class _States(Collector):
 
     def _budgets(self) -> Iterator[Metric]:
         datasets = list(self._datasets())
-        for part in ("limit", "reserved", "spent"):
+        for part in ("limit", "reserved", "spent", "remaining"):
             family = GaugeMetricFamily(
                 f"feddiff_privacy_epsilon_{part}",
                 f"ε of a dataset's budget: {part}",

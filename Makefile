@@ -10,7 +10,7 @@ DEMO ?= demo
 demo: $(VENV)/.demo
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/digits/demo.sh $(DEMO)
 
-CAN_RUN_PODS = test "$$(id -u)" = 0 && command -v go containerd buildah >/dev/null
+CAN_RUN_PODS = test "$$(id -u)" = 0 && command -v go containerd buildah promtool >/dev/null
 LEFT_OUT = left out: the tests that run a Kubernetes; they need root, Go 1.24+ and the Debian packages in .ci/run
 
 test: check

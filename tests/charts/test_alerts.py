@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "charts/feddiff/alerts.yaml"
 STORIES = Path(__file__).with_name("alerts_test.yaml")
 RUNBOOKS = ROOT / "docs/runbooks"
+PAGE = (ROOT / "docs/monitoring.md").read_text()
 Object = dict[str, Any]
 
 RULES: dict[str, Object] = {
@@ -104,3 +105,25 @@ def test_whoever_is_woken_is_told_what_to_do() -> None:
     poor = {**RULES["FeddiffJobStuck"], "alert": "FeddiffNoPage", "labels": {"severity": "panic"}}
     poor["annotations"] = {"summary": "x" * 91, "description": "{{ $labels.nobody }}"}
     assert len(unusable(poor, pages)) == 5
+
+
+def listed(page: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| `(Feddiff\w+)` \| (\w+) \|", page, re.MULTILINE))
+
+
+def test_the_page_lists_every_alert_with_its_severity() -> None:
+    severities = {alert: rule["labels"]["severity"] for alert, rule in RULES.items()}
+    assert listed(PAGE) == severities
+    assert listed(PAGE.replace("`FeddiffNoLeader` | critical", "`FeddiffNoLeader` | info")) != severities
+
+
+def test_the_scrape_configuration_on_the_page_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(scrape_configs:.*?)```", PAGE, re.DOTALL)
+    discovery = "kubernetes_sd_configs: [{role: pod}]"  # left out of Debian's build, as the page says
+    assert discovery in text
+    text = text.replace(discovery, "static_configs: [{targets: [localhost]}]")
+    (tmp_path / "right.yaml").write_text(text)
+    (tmp_path / "wrong.yaml").write_text(text.replace("honor_labels", "honour_labels"))
+    right, wrong = (promtool("check", "config", tmp_path / f"{name}.yaml") for name in ("right", "wrong"))
+    assert right.returncode == 0, right.stderr
+    assert wrong.returncode != 0

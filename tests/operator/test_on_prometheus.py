@@ -66,7 +66,7 @@ class Prometheus:
     def __init__(self, folder: Path, scrapes: list[Object]) -> None:
         folder.mkdir()
         self._folder, self._port = folder, free_port()
-        interval = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        interval = {"scrape_interval": "1s", "evaluation_interval": "5s"}
         configuration = {"global": interval, "rule_files": [str(CHART / "alerts.yaml")], "scrape_configs": scrapes}
         (folder / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
 

@@ -2,8 +2,8 @@
 
 A panel is one call below, so that all have a unit, a description, the same legends and the same colours. The
 operator's replicas all tell the same states, so states are taken by max; what happens is told by one alone, so counters
-are summed. What a stage's pod tells belongs to the job that its feddiff_stage_info names, whatever Prometheus calls the
-target.
+are summed. What a stage's pod tells belongs to the job that its feddiff_stage_info names, in the namespace that the pod
+runs in: a pod can say what it likes, but not from elsewhere.
 """
 
 import json
@@ -372,10 +372,10 @@ FLEET = dashboard(
                 "Images that the shared trainings of all jobs see per second: what the GPUs are worth at the moment.",
                 "suffix: images/s",
                 (
-                    "sum by (job_namespace) (max by (job_namespace, job_name) (rate(feddiff_trainer_images_total"
-                    "[$__rate_interval]) * on (instance) group_left (job_namespace, job_name)"
-                    ' feddiff_stage_info{job_namespace=~"$namespace"}))',
-                    "{{job_namespace}}",
+                    "sum by (namespace) (max by (namespace, job_name) (rate(feddiff_trainer_images_total"
+                    "[$__rate_interval]) * on (instance) group_left (job_name)"
+                    ' feddiff_stage_info{namespace=~"$namespace", stage="train-shared"}))',
+                    "{{namespace}}",
                 ),
                 stacked=True,
             ),
@@ -407,7 +407,8 @@ FLEET = dashboard(
 # ---- one job: the researcher's ---------------------------------------------------------------------------------
 
 OF_JOB = '{namespace="$namespace", name="$job"}'
-OF_PODS = 'on (instance) group_left () feddiff_stage_info{job_namespace="$namespace", job_name="$job"}'
+RANKS = 'feddiff_stage_info{namespace="$namespace", job_namespace="$namespace", job_name="$job", stage="train-shared"}'
+OF_PODS = f"on (instance) group_left () {RANKS}"
 
 
 def _of_job(stage: str) -> str:
@@ -470,10 +471,7 @@ JOB = dashboard(
                 "Ranks' pods",
                 "Pods of the shared training that Prometheus reaches.",
                 "none",
-                (
-                    'count(feddiff_stage_info{job_namespace="$namespace", job_name="$job", stage="train-shared"})',
-                    "pods",
-                ),
+                (f"count({RANKS})", "pods"),
                 steps={float("-inf"): BLUE},
                 nothing="not training",
             ),

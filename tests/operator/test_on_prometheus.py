@@ -1,11 +1,12 @@
 """Every panel's and every alert's expression on a real Prometheus, which has scraped two real operators with a job in
-flight, as the chart's PodMonitors would have it scrape them, and pages of stages with what the protocol lets them tell.
+flight, as the chart's PodMonitors would have it scrape them, and the pages of the stages that the operator has started.
 
 Each returns data, or stands with a reason in a list below, and the lists are exact.
 """
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -17,16 +18,19 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from cluster.kubernetes import PROGRAMS
 from feddiff_operator.cluster import PDS, Cluster
-from feddiff_protocol.stages import Stage
-from feddiff_protocol.telemetry import GPU_MEMORY, OF_SHARED_TRAINING, STAGE_INFO, STAGE_PROGRESS, STAGE_STEP, Metric
+from feddiff_protocol.stages import AnyStageSpec, Stage
+from feddiff_protocol.telemetry import GPU_MEMORY, OF_SHARED_TRAINING, Metric, told_by
+from feddiff_trainer.telemetry import TEXT, Telemetry
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts/feddiff"
@@ -35,6 +39,7 @@ RULES = [rule for group in yaml.safe_load((CHART / "alerts.yaml").read_text())["
 PATIENCE_SECONDS = 60
 PATIENT = "--lease-seconds=30"  # who leads is not the story here
 Object = dict[str, Any]
+SPEC: TypeAdapter[Any] = TypeAdapter(AnyStageSpec)
 Sample = tuple[dict[str, str], float]
 
 # What returns nothing while all is well, and why.
@@ -103,61 +108,84 @@ def free_port() -> int:
     return port
 
 
-def scrapes(operators: Iterable[int], stages: Iterable[int], research: str) -> list[Object]:
+def scrapes(operators: Iterable[int], shared: int, personal: int, world: Any) -> list[Object]:
     """What the Prometheus operator would make of the chart's PodMonitors, with addresses of this machine."""
     argv = [PROGRAMS / "helm", "template", "feddiff", CHART, "--namespace=feddiff-system"]
     done = subprocess.run([*argv, "--set=monitoring.podMonitor=true"], capture_output=True, text=True, check=True)
     monitors = [each for each in yaml.safe_load_all(done.stdout) if each and each["kind"] == "PodMonitor"]
-    pods = {"feddiff-operator": ("feddiff-system", operators), "feddiff-stages": (research, stages)}
-    return [_scrape(each, *pods[each["metadata"]["name"]]) for each in monitors]
+    of_operator, of_stages = sorted(monitors, key=lambda monitor: monitor["metadata"]["name"])
+    operator_pods = [("feddiff-system", port) for port in operators]
+    stage_pods = [(world.research, shared), (world.clinics[0], personal)]
+    return [_scrape(of_operator, operator_pods), _scrape(of_stages, stage_pods)]
 
 
-def _scrape(monitor: Object, namespace: str, ports: Iterable[int]) -> Object:
+def _scrape(monitor: Object, pods: Iterable[tuple[str, int]]) -> Object:
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     name = monitor["metadata"]["name"]
     targets = [
         {"targets": [f"127.0.0.1:{port}"], "labels": {"namespace": namespace, "pod": f"{name}-{number}"}}
-        for number, port in enumerate(ports)
+        for number, (namespace, port) in enumerate(pods)
     ]
-    where = {"job_name": f"podMonitor/feddiff-system/{name}/0", "metrics_path": endpoint["path"]}
-    return {**where, "honor_labels": endpoint["honorLabels"], "static_configs": targets}
+    relabel = [
+        {"source_labels": each["sourceLabels"], "regex": each["regex"], "action": each["action"]}
+        for each in endpoint.get("metricRelabelings", [])
+    ]
+    return {
+        "job_name": f"podMonitor/feddiff-system/{name}/0",
+        "metrics_path": endpoint["path"],
+        "honor_labels": endpoint.get("honorLabels", False),
+        "static_configs": targets,
+        "metric_relabel_configs": relabel,
+    }
 
 
 # ---- pages of stages -------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def stage_page(stage: Stage, namespace: str, name: str, client: str = "") -> Iterator[int]:
-    """A port with a page of what a pod of `stage` may tell; its numbers rise from scrape to scrape."""
-    began = time.time()
-    labels = {"stage": stage.value, "job_namespace": namespace, "job_name": name, "client": client, "attempt": "1"}
-    told = (STAGE_INFO, STAGE_PROGRESS, STAGE_STEP, *(OF_SHARED_TRAINING if stage is Stage.TRAIN_SHARED else ()))
+@dataclass
+class Page:
+    """What a pod tells, from when its spec is known on; its numbers rise from scrape to scrape."""
 
-    class Page(BaseHTTPRequestHandler):
+    port: int = 0
+    telemetry: Telemetry | None = None
+
+    def begin(self, spec: Object) -> None:
+        telemetry, began = Telemetry(SPEC.validate_python(spec)), time.time()
+        for metric in told_by(Stage(spec["stage"])):
+            if metric in OF_SHARED_TRAINING and metric is not GPU_MEMORY:  # there is none here
+                telemetry.tell(metric, functools.partial(_rising, metric, began))
+        telemetry.progressed(1, 100)
+        self.telemetry = telemetry
+
+
+def _rising(metric: Metric, began: float) -> float:
+    seconds = time.time() - began
+    if metric.name.endswith("_ratio"):
+        return min(0.9, seconds / 1000)
+    return time.time() if "timestamp" in metric.name else seconds
+
+
+@contextlib.contextmanager
+def stage_page() -> Iterator[Page]:
+    """A page on a port of its own, empty at first."""
+    page = Page()
+
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
-            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.send_header("Content-Type", TEXT)
             self.end_headers()
-            self.wfile.write("".join(_lines(told, labels, time.time() - began)).encode())
+            self.wfile.write(page.telemetry.exposition() if page.telemetry else b"")
 
         def log_message(self, *_: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        page.port = server.server_address[1]
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
-            yield server.server_address[1]
+            yield page
         finally:
             server.shutdown()
-
-
-def _lines(told: Iterable[Metric], labels: Mapping[str, str], seconds: float) -> Iterator[str]:
-    for metric in told:
-        if metric is GPU_MEMORY:
-            continue  # there is none here
-        value = 1.0 if metric is STAGE_INFO else time.time() if "timestamp" in metric.name else seconds
-        value = min(0.9, seconds / 1000) if metric.name.endswith("_ratio") else value
-        own = ",".join(f'{name}="{labels[name]}"' for name in metric.labels)
-        yield f"# TYPE {metric.name} {metric.kind}\n{metric.name}{{{own}}} {value}\n"
 
 
 # ---- the checks: each returns what is wrong --------------------------------------------------------------------
@@ -271,19 +299,22 @@ async def true(condition: Any) -> None:
 
 
 def test_every_expression_returns_data_or_has_a_reason_not_to(world: Any, tmp_path: Path) -> None:
+    pages: dict[str, Page] = {}
+
     def outcome(pod: Object, spec: Object) -> int | None:
-        return None if spec["job"]["name"] == "second" and spec["stage"] == "train-shared" else 0
+        page = pages.get(f"{spec['stage']}/{spec.get('client', '')}") if spec["job"]["name"] == "second" else None
+        if page and not page.telemetry:
+            page.begin(spec)
+        return None if page else 0
 
     async def story(cluster: Cluster, stack: contextlib.ExitStack) -> None:
         log = world.folder / "operator.log"
         stack.enter_context(world.operator(PATIENT))
         stack.enter_context(world.operator(PATIENT))
-        stages = [
-            stack.enter_context(stage_page(Stage.TRAIN_SHARED, world.research, "second")),
-            stack.enter_context(stage_page(Stage.TRAIN_PERSONAL, world.research, "second", "a")),
-        ]
+        shared, personal = stack.enter_context(stage_page()), stack.enter_context(stage_page())
+        pages.update({"train-shared/": shared, "train-personal/a": personal})
         await true(lambda: len(ports(log)) == 2)
-        scraped = scrapes(ports(log), stages, world.research)
+        scraped = scrapes(ports(log), shared.port, personal.port, world)
         prometheus = stack.enter_context(Prometheus(tmp_path / "prometheus", scraped))
         pushed_aside = [{**each, "honor_labels": False} for each in scraped]
         mutant = stack.enter_context(Prometheus(tmp_path / "mutant", pushed_aside))

@@ -10,7 +10,7 @@ DEMO ?= demo
 demo: $(VENV)/.demo
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/digits/demo.sh $(DEMO)
 
-CAN_RUN_PODS = test "$$(id -u)" = 0 && command -v go containerd buildah >/dev/null
+CAN_RUN_PODS = test "$$(id -u)" = 0 && command -v go containerd buildah promtool >/dev/null
 LEFT_OUT = left out: the tests that run a Kubernetes; they need root, Go 1.24+ and the Debian packages in .ci/run
 
 test: check
@@ -42,8 +42,9 @@ crds: $(VENV)/.dev
 	$(BIN)/python -m feddiff.crds crds
 	$(BIN)/python docs/generate.py
 
-# install.yaml and the chart's table of values, from the chart; after every change of the kinds, too.
+# install.yaml, the dashboards and the chart's table of values; after every change of the kinds, too.
 manifests: crds kube
+	$(BIN)/python charts/dashboards.py
 	$(BIN)/python charts/generate.py $${FEDDIFF_KUBE:-$$HOME/.cache/feddiff/kube}/helm
 
 # PIP_FIND_LINKS passes through: whoever has a +cpu wheel of torch in such a folder gets it.

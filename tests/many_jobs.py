@@ -14,6 +14,7 @@ from feddiff_operator.children import Seen, Shelf
 from feddiff_operator.cluster import CONFIG_MAP, FDJ, JOB, PDS, POD, PRL, Conflict, Kind
 from feddiff_operator.ledger import ClusterLedger
 from feddiff_operator.metrics import Metrics
+from feddiff_operator.progress import Progresses
 from feddiff_operator.reconcile import Reconciler
 from feddiff_operator.settings import Settings
 from feddiff_protocol.ledger import Entry, Phase, inconsistency
@@ -134,7 +135,8 @@ class Operator:
         cluster = cluster or hospital
         ledger = ClusterLedger(cluster, hospital.clock, no_sleep)
         settings = Settings(trainer_image="trainer:test")
-        self.reconciler = Reconciler(cluster, ledger, settings, Quiet(), Metrics(), hospital.clock)  # type: ignore[arg-type]
+        stages = Progresses(hospital.clock)
+        self.reconciler = Reconciler(cluster, ledger, settings, Quiet(), Metrics(), hospital.clock, stages)  # type: ignore[arg-type]
 
     async def go_on(self, until: Callable[[], bool]) -> None:
         """Round by round until something is so. Between two of them the platform moves, and the watches catch up."""

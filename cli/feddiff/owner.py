@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from feddiff_protocol.api import NAME_PATTERN
 from feddiff_protocol.errors import UsageInvalid
+from feddiff_protocol.telemetry import METRICS_PORT
 
 HEAD = """\
 # What owner {namespace} applies, once the lines marked CHANGE are true:
@@ -50,8 +51,9 @@ READERS = """\
 
 NETWORK = """\
 ---
-# The stages that see records reach DNS and the stores, nothing else, and nobody reaches them. It holds only where the
-# cluster's network enforces NetworkPolicies: ask.
+# The stages that see records reach DNS and the stores, nothing else, and only the operator reaches them: on one port
+# they tell their stage, step and percent, and nothing that depends on records. It holds only where the cluster's
+# network enforces NetworkPolicies: ask.
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: {{name: feddiff-owner-stages, namespace: {namespace}}}
@@ -60,7 +62,12 @@ spec:
     matchExpressions:
       - {{key: feddiff.dev/stage, operator: In, values: [release, train-personal, sample, evaluate]}}
   policyTypes: [Ingress, Egress]
-  ingress: []
+  ingress:
+    - from:  # add your Prometheus, or leave the rule out: progress is then not shown, and everything else works
+        - namespaceSelector: {{matchLabels: {{kubernetes.io/metadata.name: {operator_namespace}}}}}
+          podSelector: {{matchLabels: {{app.kubernetes.io/name: feddiff, app.kubernetes.io/component: operator}}}}
+      ports:
+        - {{protocol: TCP, port: {metrics_port}}}
   egress:
     - to:
         - namespaceSelector: {{matchLabels: {{kubernetes.io/metadata.name: kube-system}}}}
@@ -151,7 +158,11 @@ def owner_documents(
             raise UsageInvalid(f"{option}: expected lower-case letters, digits and dashes, found {name!r}")
     parts = [HEAD, *([] if namespace_exists else [NAMESPACE]), OPERATOR, READERS, NETWORK, SECRETS, DATASET]
     return "".join(parts).format(
-        namespace=namespace, operator_namespace=operator_namespace, dataset=dataset, access=_access(researchers)
+        namespace=namespace,
+        operator_namespace=operator_namespace,
+        dataset=dataset,
+        access=_access(researchers),
+        metrics_port=METRICS_PORT,
     )
 
 

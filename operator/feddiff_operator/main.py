@@ -36,6 +36,7 @@ from .lease import Election
 from .ledger import ClusterLedger
 from .metrics import Metrics, dataset_facts, job_facts
 from .news import tell
+from .progress import Progresses
 from .queue import WorkQueue
 from .reconcile import Reconciler
 from .settings import Settings
@@ -69,7 +70,7 @@ class Reconciles(Protocol):
     async def dataset(self, namespace: str, name: str, children: Children | None = None) -> float | None: ...
 
 
-MakeReconciler = Callable[[Cluster, Settings, Recorder, Metrics], Reconciles]
+MakeReconciler = Callable[[Cluster, Settings, Recorder, Metrics, Progresses], Reconciles]
 
 
 def run(settings: Settings, make_reconciler: MakeReconciler) -> int:
@@ -95,14 +96,17 @@ async def _operate(settings: Settings, make_reconciler: MakeReconciler) -> int:
         ) from None
     async with cluster, elections:
         recorder = Recorder(cluster)
-        reconciler = make_reconciler(cluster, settings, recorder, metrics)
-        return await Operator(settings, elections, reconciler, recorder, metrics, progress).run()
+        stages = Progresses(utc_now)
+        reconciler = make_reconciler(cluster, settings, recorder, metrics, stages)
+        return await Operator(settings, elections, reconciler, recorder, metrics, progress, stages).run()
 
 
-def reconciler(cluster: Cluster, settings: Settings, recorder: Recorder, metrics: Metrics) -> Reconciles:
+def reconciler(
+    cluster: Cluster, settings: Settings, recorder: Recorder, metrics: Metrics, stages: Progresses
+) -> Reconciles:
     """What carries jobs out and keeps ledgers."""
     ledger = ClusterLedger(cluster, utc_now, tell=partial(tell, recorder))
-    return Reconciler(cluster, ledger, settings, recorder, metrics, utc_now)
+    return Reconciler(cluster, ledger, settings, recorder, metrics, utc_now, stages)
 
 
 def utc_now() -> datetime:
@@ -145,9 +149,10 @@ class Operator:
         recorder: Recorder,
         metrics: Metrics,
         progress: Progress,
+        stages: Progresses,
     ) -> None:
         self._settings, self._reconciler, self._recorder = settings, reconciler, recorder
-        self._metrics, self._progress = metrics, progress
+        self._metrics, self._progress, self._stages = metrics, progress, stages
         self._queue = WorkQueue[Key](self._reconcile, settings.workers, self._reconciled)
         identity = f"{socket.gethostname()}-{secrets.token_hex(4)}"  # another one after every restart
         lease = (settings.lease_namespace, settings.lease_name)
@@ -165,11 +170,10 @@ class Operator:
             JOB: (seen.child_jobs, self._child_changed),
             POD: (seen.child_pods, self._child_changed),
         }
-        metrics.gauge("reconcile_queue_depth", "Objects that wait for a worker", lambda: self._queue.depth)
-        metrics.gauge("reconcile_queue_oldest_seconds", "Longest of these waits", lambda: self._queue.oldest_seconds)
-        metrics.states(
-            lambda: map(job_facts, seen.jobs), lambda: map(dataset_facts, seen.datasets), self._watches.silent_seconds
-        )
+        metrics.queue(lambda: self._queue.depth, lambda: self._queue.oldest_seconds)
+        metrics.resync(settings.resync_seconds)
+        jobs, datasets = lambda: map(job_facts, seen.jobs), lambda: map(dataset_facts, seen.datasets)
+        metrics.states(jobs, datasets, self._watches.silent_seconds, self._watches.reopened)
 
     async def run(self) -> int:
         """Until a signal (0), or until a part of it fails."""
@@ -188,6 +192,8 @@ class Operator:
             async with self._pages():
                 parts = (self._elect(), self._resync(), self._tick(), self._recorder.run(), stopped.wait())
                 own: list[asyncio.Task[Any]] = [asyncio.create_task(part) for part in parts]
+                if self._settings.progress_seconds:
+                    own.append(asyncio.create_task(self._ask_stages()))
                 await asyncio.wait([*own, *watching], return_when=asyncio.FIRST_COMPLETED)
                 failed = [task for task in own if task.done() and task.exception()]
                 await self._stop(own)
@@ -226,6 +232,14 @@ class Operator:
     async def _end(self) -> None:
         self._metrics.led(False)
         await self._queue.stop(grace_seconds=0)
+        self._stages.clear()
+
+    async def _ask_stages(self) -> None:
+        """How far stages are is asked in every period; a job is woken where that is news."""
+        while True:
+            await asyncio.sleep(self._settings.progress_seconds)
+            for place in await self._stages.round():
+                self._queue.wake(Key(FDJ.name, *place))
 
     async def _resync(self) -> None:
         """Everything is looked at once in every period, spread evenly over it."""

@@ -10,14 +10,17 @@ from importlib.metadata import version
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from feddiff_protocol.plan import Reason
 
 from .watch import resource_of
 
 RECONCILE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 API_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+STAGE_BUCKETS = (1, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14_400, 28_800, 57_600, 86_400)  # to a day
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,10 @@ class JobFacts:
     name: str
     phase: str
     datasets: frozenset[tuple[str, str]]  # namespace and name of every client's
+    uid: str = ""
+    mechanism: str = ""
+    clients: tuple[tuple[str, int], ...] = ()  # how many have released, are dropped, or are waited for
+    progress: tuple[tuple[str, int], ...] = ()  # percent done, by stage
 
     @property
     def ended(self) -> bool:
@@ -60,10 +67,25 @@ class DatasetFacts:
 
 def job_facts(body: Mapping[str, Any]) -> JobFacts:
     """The facts of one FederatedDiffusionJob, whatever its spec says; a job without status is Pending."""
-    metadata, phase = body["metadata"], str((body.get("status") or {}).get("phase") or "Pending")
-    datasets = [client.get("dataset") or {} for client in (body.get("spec") or {}).get("clients") or []]
-    named = frozenset((dataset.get("namespace", "default"), dataset.get("name", "")) for dataset in datasets)
-    return JobFacts(metadata.get("namespace", ""), metadata.get("name", ""), phase, named)
+    metadata, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
+    datasets = [client.get("dataset") or {} for client in spec.get("clients") or []]
+    return JobFacts(
+        namespace=metadata.get("namespace", ""),
+        name=metadata.get("name", ""),
+        phase=str(status.get("phase") or "Pending"),
+        datasets=frozenset((dataset.get("namespace", "default"), dataset.get("name", "")) for dataset in datasets),
+        uid=str(metadata.get("uid", "")),
+        mechanism=str((spec.get("privacy") or {}).get("mechanism", "")),
+        clients=_client_states(len(datasets), status),
+        progress=tuple((each["stage"], each["percent"]) for each in status.get("stages") or [] if "percent" in each),
+    )
+
+
+def _client_states(num_clients: int, status: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    released = str(status.get("clientsSummary", "")).partition("/")[0]
+    num_released, num_dropped = int(released) if released.isdecimal() else 0, int(status.get("numDropped", 0))
+    waiting = max(0, num_clients - num_released - num_dropped)
+    return ("released", num_released), ("dropped", num_dropped), ("waiting", waiting)
 
 
 def dataset_facts(body: Mapping[str, Any]) -> DatasetFacts:
@@ -122,6 +144,23 @@ class Metrics:
         )
         self._leader: Gauge = named(Gauge, "leader", "1 while this replica leads")
         self._refusals: Counter = named(Counter, "privacy_refusals", "Releases that were not admitted", ("reason",))
+        for reason in (Reason.PRIVACY_BUDGET_EXCEEDED, Reason.ACCESS_DENIED):
+            self._refusals.labels(reason.value)  # from zero on, or Prometheus would not see the first one as a rise
+        self._releases: Counter = named(Counter, "privacy_releases", "Releases that were charged; no charge comes back")
+        self._stage_seconds: Histogram = named(
+            Histogram,
+            "stage_duration_seconds",
+            "Duration of one attempt of a stage, from its pods' start to its end: succeeded, failed or stopped",
+            ("stage", "result"),
+            buckets=STAGE_BUCKETS,
+        )
+        self._queue_seconds: Histogram = named(
+            Histogram,
+            "queue_wait_seconds",
+            "Time from an attempt's creation until its pods started: the cluster's queue and its scheduler",
+            ("stage",),
+            buckets=STAGE_BUCKETS,
+        )
         build: Gauge = named(Gauge, "build_info", "1; what runs is in the labels", ("version", "python", "kopf"))
         build.labels(version("feddiff"), platform.python_version(), version("kopf")).set(1)
 
@@ -152,10 +191,27 @@ class Metrics:
         """A release was not admitted; `reason` is one of the documented ones, never a name or a message."""
         self._refusals.labels(reason).inc()
 
+    def charged(self) -> None:
+        """A client's release was charged."""
+        self._releases.inc()
+
+    def stage_ended(self, stage: str, result: str, waited_seconds: float, ran_seconds: float) -> None:
+        """One attempt of a stage ended: succeeded, failed or stopped."""
+        self._queue_seconds.labels(stage).observe(waited_seconds)
+        self._stage_seconds.labels(stage, result).observe(ran_seconds)
+
     # -- what is computed at a scrape
 
-    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A number without labels that is asked for at every scrape."""
+    def queue(self, depth: Callable[[], float], oldest_seconds: Callable[[], float]) -> None:
+        """How much waits for a worker, asked for at every scrape."""
+        self._gauge("reconcile_queue_depth", "Objects that wait for a worker", depth)
+        self._gauge("reconcile_queue_oldest_seconds", "Longest of these waits", oldest_seconds)
+
+    def resync(self, seconds: float) -> None:
+        """How often everything is looked at again; what is late is late by this measure."""
+        self._gauge("resync_seconds", "Everything is looked at again this often", lambda: seconds)
+
+    def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(name, text, namespace="feddiff", registry=self.registry).set_function(value)
 
     def states(
@@ -163,9 +219,10 @@ class Metrics:
         jobs: Callable[[], Iterable[JobFacts]],
         datasets: Callable[[], Iterable[DatasetFacts]],
         silent_seconds: Callable[[], Mapping[str, float]],
+        reopened: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         """Series about what is in the indexes now, and about the watches that fill them."""
-        self.registry.register(_States(jobs, datasets, silent_seconds))
+        self.registry.register(_States(jobs, datasets, silent_seconds, reopened))
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -178,13 +235,16 @@ class _States(Collector):
         jobs: Callable[[], Iterable[JobFacts]],
         datasets: Callable[[], Iterable[DatasetFacts]],
         silent_seconds: Callable[[], Mapping[str, float]],
+        reopened: Callable[[], Mapping[str, int]],
     ) -> None:
-        self._jobs, self._datasets, self._silent_seconds = jobs, datasets, silent_seconds
+        self._jobs, self._datasets, self._silent_seconds, self._reopened = jobs, datasets, silent_seconds, reopened
 
     def collect(self) -> Iterator[Metric]:
         yield self._phases()
+        yield from self._each_job()
         yield from self._budgets()
         yield self._silence()
+        yield self._restarts()
 
     def _phases(self) -> Metric:
         family = GaugeMetricFamily("feddiff_jobs", "FederatedDiffusionJobs", labels=("namespace", "phase"))
@@ -192,9 +252,45 @@ class _States(Collector):
             family.add_metric((namespace, phase), count)
         return family
 
+    def _each_job(self) -> Iterator[Metric]:
+        """Jobs by name; of those that have ended only that they are there."""
+        info = GaugeMetricFamily(
+            "feddiff_job_info",
+            "1; a job's facts are in the labels",
+            labels=("namespace", "name", "uid", "mechanism", "phase"),
+        )
+        clients = GaugeMetricFamily(
+            "feddiff_clients",
+            "Clients of a job in flight: released, dropped or waiting",
+            labels=("namespace", "name", "state"),
+        )
+        progress = GaugeMetricFamily(
+            "feddiff_progress_ratio",
+            "Share of a stage that is done, of all clients of a job in flight",
+            labels=("namespace", "name", "stage"),
+        )
+        for job in self._jobs():
+            info.add_metric((job.namespace, job.name, job.uid, job.mechanism, job.phase), 1)
+            for state, count in () if job.ended else job.clients:
+                clients.add_metric((job.namespace, job.name, state), count)
+            for stage, percent in () if job.ended else job.progress:
+                progress.add_metric((job.namespace, job.name, stage), percent / 100)
+        yield from (info, clients, progress)
+
+    def _restarts(self) -> Metric:
+        family = CounterMetricFamily(
+            "feddiff_watch_restarts", "How often watches of a resource were opened again", labels=("resource",)
+        )
+        restarts: Tally[str] = Tally()
+        for path, count in self._reopened().items():
+            restarts[resource_of(path)] += count
+        for resource, count in sorted(restarts.items()):
+            family.add_metric((resource,), count)
+        return family
+
     def _budgets(self) -> Iterator[Metric]:
         datasets = list(self._datasets())
-        for part in ("limit", "reserved", "spent"):
+        for part in ("limit", "reserved", "spent", "remaining"):
             family = GaugeMetricFamily(
                 f"feddiff_privacy_epsilon_{part}",
                 f"ε of a dataset's budget: {part}",

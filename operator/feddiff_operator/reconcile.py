@@ -62,6 +62,7 @@ from .cluster import (
     Object,
     Refused,
 )
+from .durations import ended_now
 from .events import Recorder
 from .ledger import ClientLedger, ClusterLedger, charge_of
 from .metrics import Metrics
@@ -81,6 +82,7 @@ from .observe import (
     waiting,
     with_recorded_release,
 )
+from .progress import Progresses, targets
 from .settings import Settings
 from .status import ended, expires_at, job_status
 from .workloads import CLIENT, JOB_UID, STAGE, InvalidPodTemplate, Setting, check_overlay, places, stage_objects
@@ -102,8 +104,10 @@ class Reconciler:
         recorder: Recorder,
         metrics: Metrics,
         clock: Callable[[], datetime],
+        progress: Progresses,
     ) -> None:
         self.cluster, self.ledger, self.recorder, self.metrics = cluster, ledger, recorder, metrics
+        self.progress = progress
         self.setting = Setting(settings.trainer_image)
         self.clock = clock
         self.understood = Once(_understood, most=500)
@@ -128,6 +132,8 @@ class Reconciler:
             if found is not None and not await self._is_current(found):
                 return 0.0
             await self._remove_orphans(strangers)
+        if found is None or found["metadata"].get("deletionTimestamp") or ended(found):
+            self.progress.forget(namespace, name)
         if found is None:
             return None
         if found["metadata"].get("deletionTimestamp"):
@@ -177,6 +183,7 @@ class Reconciler:
         own = children_of(job, uid, children.jobs_of(uid))
         jobs = [await self._recorded(dict(child), pods.get(child["metadata"]["name"], [])) for child in own]
         scene = _Scene(found, job, uid, jobs, children.pods_of(uid), self.clock())
+        self.progress.follow(job.metadata.namespace, job.metadata.name, uid, targets(jobs, scene.pods))
         if (stopped := await self._stop_what_is_overdue(scene)) is not None:
             return stopped
         ledgers = await self._ledgers(scene, children)
@@ -205,6 +212,8 @@ class Reconciler:
         metadata = child["metadata"]
         change = {"metadata": {"annotations": record}}
         await self.cluster.patch(JOB, metadata["namespace"], metadata["name"], change)
+        if (end := ended_now(child, pods, record)) is not None:
+            self.metrics.stage_ended(end.stage, end.result, end.waited_seconds, end.ran_seconds)
         return {**child, "metadata": {**metadata, "annotations": {**(metadata.get("annotations") or {}), **record}}}
 
     async def _ledgers(self, scene: "_Scene", children: Children) -> dict[str, ClientLedger]:
@@ -321,6 +330,7 @@ class Reconciler:
             stages=observed.stages,
             jobs=scene.jobs if scene else (),
             releasing_since=scene.releasing_since if scene else None,
+            progress=self.progress.of(found["metadata"]["namespace"], found["metadata"]["name"]),
         )
         before = found.get("status") or {}
         if wanted == before:
@@ -384,6 +394,8 @@ class Reconciler:
             self.recorder.record(scene.found, "LedgerRefused", str(refusal), warning=True)
             return False
         self.doubted.get(uid, set()).discard(client)
+        if isinstance(action, ChargeReservation):
+            self.metrics.charged()
         return True
 
     async def _stop(self, scene: "_Scene", action: Stop) -> None:

@@ -26,6 +26,7 @@ class Settings:
     api_qps: float = 50.0
     api_burst: int = 100
     resync_seconds: float = 600.0
+    progress_seconds: float = 15.0  # 0: never
     port: int = 8080
     liveness_seconds: float = 240.0
 
@@ -117,6 +118,7 @@ _FLAGS: dict[str, tuple[Callable[[str], object], str, str]] = {
     "api_qps": (_number(0.1, 10_000), "N", "requests per second to the API server, in the long run"),
     "api_burst": (_whole(1, 100_000), "N", "requests that may go at once after a quiet time"),
     "resync_seconds": (_number(1, 86_400), "S", "everything is looked at again this often"),
+    "progress_seconds": (_number(0, 3600), "S", "running stages are asked how far they are this often; 0: never"),
     "port": (_whole(0, 65535), "P", "/healthz, /readyz and /metrics; 0 takes a free one"),
     "liveness_seconds": (_number(SMALLEST_LIVENESS_SECONDS, 86_400), "S", "a watch silent for so long is dead"),
 }

@@ -4,6 +4,7 @@ Written only when it says something new: nothing in it changes while nothing hap
 its truth. It stays small for a thousand clients: counts, and twenty names.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,11 +20,15 @@ from feddiff_protocol.plan import (
 )
 from feddiff_protocol.stages import Stage
 
+from .progress import Known
 from .workloads import ATTEMPT, STAGE
 
 SHOWN_DROPPED = 20
 DROPPED_LENGTH = 300
 CLIENT_STAGES = (Stage.RELEASE, *OWNER_STAGES)
+ETA_STEP = timedelta(minutes=1)  # a later or earlier end by less than that, or by a tenth of what is left, is no news
+
+Shares = Mapping[StageKey, float]
 
 
 def job_status(
@@ -34,24 +39,27 @@ def job_status(
     stages: Mapping[StageKey, StageObserved] | None = None,
     jobs: Iterable[Mapping[str, Any]] = (),
     releasing_since: datetime | None = None,
+    progress: Mapping[StageKey, Known] | None = None,
 ) -> dict[str, Any]:
     """The whole `status` of the FederatedDiffusionJob `job_object`; equal to the one it has when nothing is new.
 
     `job_object` may have a spec that cannot be read (then `status` is `plan.not_accepted`). A job that has ended
-    keeps the status it ended with.
+    keeps the status it ended with. `progress` is what is known of stages that are not done.
     """
     before: Mapping[str, Any] = job_object.get("status") or {}
     if ended(job_object):
         return dict(before)
     moment, generation = _text(now), job_object["metadata"].get("generation", 0)
     spec = job_object.get("spec") or {}
-    stages = stages or {}
+    stages, progress = stages or {}, progress or {}
+    shares = _shares(status, stages, progress, _client_names(spec))
     finished = status.phase in (JobPhase.COMPLETE, JobPhase.FAILED)
     clients = _client_names(spec)
     optional = {
         "startTime": before.get("startTime", moment),
         "completionTime": moment if finished else None,
         "releasingSince": _text(releasing_since) if releasing_since else before.get("releasingSince"),
+        "eta": _eta(before, stages, progress, now),
     }
     return {
         "observedGeneration": generation,
@@ -66,9 +74,9 @@ def job_status(
         "numDropped": len(status.dropped),
         "clientsSummary": f"{_num_released(status, stages, clients)}/{len(clients)}",
         "trainer": _trainer(spec, stages, jobs),
-        "progress": f"{_percent(status, stages, clients)} %",
+        "progress": f"{_percent(status, shares, _unheard(stages, progress), before)} %",
         "epsilon": _epsilon(spec),
-        "stages": [_counts(stage, stages) for stage in Stage],
+        "stages": [{**_counts(stage, stages), "percent": _percent_of(stage, shares)} for stage in Stage],
     }
 
 
@@ -138,14 +146,57 @@ def _trainer(
     return f"{min(up, pods)}/{pods}"
 
 
-def _percent(status: Status, stages: Mapping[StageKey, StageObserved], clients: Iterable[str]) -> int:
-    """Stages that are done, of all that the clients taking part have to do."""
-    if status.phase is JobPhase.COMPLETE:
-        return 100
+def _shares(
+    status: Status,
+    stages: Mapping[StageKey, StageObserved],
+    progress: Mapping[StageKey, Known],
+    clients: Iterable[str],
+) -> Shares:
+    """What part is done of everything that the clients taking part have to do; what is not over is not 1."""
     names = [name for name in status.counted or clients if name not in status.dropped]
     keys = [(stage, name) for stage in CLIENT_STAGES for name in names]
     keys += [(Stage.TRAIN_SHARED, ""), (Stage.REPORT, "")]
-    return 100 * sum(_done(stages, *key) for key in keys) // len(keys)
+    nothing = Known(0.0)
+    return {key: 1.0 if _done(stages, *key) else min(progress.get(key, nothing).share, 0.99) for key in keys}
+
+
+def _percent(status: Status, shares: Shares, unheard: bool, before: Mapping[str, Any]) -> int:
+    """Whole percents of all shares, every stage counting the same; what a stage has once said stands until it says
+    something else, also when another operator has taken over that has not asked it yet."""
+    if status.phase is JobPhase.COMPLETE:
+        return 100
+    percent = math.floor(100 * sum(shares.values()) / len(shares) + 1e-9)
+    said = str(before.get("progress", "")).removesuffix(" %")
+    return max(percent, int(said)) if unheard and said.isdecimal() else percent
+
+
+def _unheard(stages: Mapping[StageKey, StageObserved], progress: Mapping[StageKey, Known]) -> bool:
+    return any(seen.phase is StagePhase.RUNNING and key not in progress for key, seen in stages.items())
+
+
+def _percent_of(stage: Stage, shares: Shares) -> int:
+    own = [share for (of, _), share in shares.items() if of is stage]
+    return math.floor(100 * sum(own) / len(own) + 1e-9) if own else 0
+
+
+def _eta(
+    before: Mapping[str, Any],
+    stages: Mapping[StageKey, StageObserved],
+    progress: Mapping[StageKey, Known],
+    now: datetime,
+) -> str | None:
+    """When the shared training ends at its present pace, on the minute; what was said stands while about right."""
+    key = (Stage.TRAIN_SHARED, "")
+    seen, known = stages.get(key), progress.get(key)
+    if seen is None or seen.phase is not StagePhase.RUNNING:
+        return None
+    said: str | None = before.get("eta")
+    if known is None or known.ends_at is None:
+        return said
+    wrong = abs(known.ends_at - datetime.fromisoformat(said.replace("Z", "+00:00"))) if said else timedelta.max
+    if wrong <= max(ETA_STEP, (known.ends_at - now) / 10):
+        return said
+    return _text(known.ends_at.replace(second=0, microsecond=0) + timedelta(minutes=1))
 
 
 def _epsilon(spec: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ The API server sends a bookmark a minute on a stream without events, so a stream
 well the others do, and however alive everything else looks (kopf #1276, #957, #1145).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 
 import aiohttp
@@ -33,6 +33,7 @@ class Watches:
         self._clock, self._observe = clock, observe
         self._streams: dict[str, _Stream] = {}
         self._listings: dict[str, int] = {}
+        self._reopened: dict[str, int] = {}
         self.forbidden: set[str] = set()  # paths that their owner does not let us see, now
         self.trace = aiohttp.TraceConfig()
         self.trace.on_request_start.append(self._began)
@@ -58,6 +59,10 @@ class Watches:
     def listings(self, path: str) -> int:
         """How often the objects there were listed: at the start, and whenever a watch could not go on."""
         return self._listings.get(path, 0)
+
+    def reopened(self) -> Mapping[str, int]:
+        """How often the watch of each path was opened after its first time."""
+        return dict(self._reopened)
 
     def silent_seconds(self) -> dict[str, float]:
         """Seconds since a byte was seen to come, by the path that is watched; a forbidden one has nothing to say."""
@@ -86,8 +91,9 @@ class Watches:
         """A stream that is opened again is as silent as it was: opening proves nothing, only what it brings does."""
         stream = self._streams.get(path)
         if stream is None:
-            self._streams[path] = _Stream(response, now)
+            self._streams[path], self._reopened[path] = _Stream(response, now), 0
         else:
+            self._reopened[path] += 1
             stream.look(now)
             stream.response, stream.bytes, stream.opened_at = response, 0, now
 

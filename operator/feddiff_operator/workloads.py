@@ -13,6 +13,7 @@ from typing import Any
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, SourceSpec, StoreReference
 from feddiff_protocol.errors import SpecInvalid
 from feddiff_protocol.stages import AnyStageSpec, Places, Stage, TrainSharedSpec
+from feddiff_protocol.telemetry import METRICS_PORT, METRICS_PORT_NAME, METRICS_PORT_VARIABLE
 
 Manifest = dict[str, Any]
 
@@ -276,6 +277,7 @@ def _container(attempt: _Attempt) -> Manifest:
         "command": _command(attempt),
         "env": _environment(attempt),
         "envFrom": _credentials(attempt),
+        "ports": [{"name": METRICS_PORT_NAME, "containerPort": METRICS_PORT, "protocol": "TCP"}],
         "volumeMounts": _mounts(attempt),
         "resources": dict(resources),
         "terminationMessagePath": "/dev/termination-log",
@@ -304,7 +306,7 @@ def _command(attempt: _Attempt) -> list[str]:
 
 
 def _environment(attempt: _Attempt) -> list[Manifest]:
-    home = [_variable("HOME", SCRATCH_FOLDER)]
+    home = [_variable("HOME", SCRATCH_FOLDER), _variable(METRICS_PORT_VARIABLE, str(METRICS_PORT))]
     if attempt.num_pods * attempt.num_processes == 1:
         return home
     several_pods = attempt.num_pods > 1

@@ -31,6 +31,7 @@ _COLUMNS: Mapping[str, tuple[tuple[str, str, str], ...]] = {
         ("Phase", "string", ".status.phase"),
         ("Clients", "string", ".status.clientsSummary"),
         ("Progress", "string", ".status.progress"),
+        ("ETA", "string", ".status.eta"),
         ("Epsilon", "string", ".spec.privacy.epsilon"),
         ("Trainer", "string", ".status.trainer"),
         ("Age", "date", ".metadata.creationTimestamp"),

@@ -65,6 +65,7 @@ def _job_status() -> Schema:
         succeeded=_count("attempts with a receipt"),
         failed=_count("attempts that failed; another follows as long as backoffLimit allows"),
         stopped=_count("attempts that were interrupted and will be continued"),
+        percent=_count("how far all of them are, those of later clients included; 100 once every receipt is in"),
     )
     dropped = _object(
         "A client that no longer takes part.", client=_text("its name in spec.clients"), reason=_text("why, in words")
@@ -83,7 +84,8 @@ def _job_status() -> Schema:
         numDropped=_count("how many clients no longer take part"),
         clientsSummary=_text("clients whose releases are in, of all: 8/10"),
         trainer=_text("ranks' pods of the shared denoiser that run or are done, of all: 2/2"),
-        progress=_text("stages that are done, of all that the clients taking part have to do: 37 %"),
+        progress=_text("what is done of all stages that the clients taking part have to do, each weighing alike: 37 %"),
+        eta=_text("when training of the shared denoiser ends at its present pace; RFC 3339, in UTC"),
         epsilon=_text("spec.privacy.epsilon"),
         stages=_list("how far each stage is, in the order of the run", stage),
     )

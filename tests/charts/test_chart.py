@@ -3,9 +3,11 @@
 Needs helm, which tests/cluster/build.sh brings, and no cluster.
 """
 
+import copy
 import functools
 import importlib.util
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
+from batch_objects import job, manifests
 from cluster.kubernetes import PROGRAMS
 from feddiff_operator.drain import parse_arguments
+from feddiff_operator.metrics import Metrics
 from feddiff_operator.settings import Settings, parse_settings
+from feddiff_protocol.stages import Stage
+from feddiff_protocol.telemetry import told_by
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts/feddiff"
@@ -84,6 +90,10 @@ TOGGLES = {
     "roles.enabled": {"ClusterRole"},
     "admission.enabled": {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "ConfigMap"},
     "networkPolicy.enabled": {"NetworkPolicy"},
+    "monitoring.podMonitor": {"PodMonitor"},
+    "monitoring.serviceMonitor": {"ServiceMonitor"},
+    "monitoring.prometheusRule": {"PrometheusRule"},
+    "monitoring.dashboards.enabled": {"ConfigMap"},
 }
 
 
@@ -104,15 +114,21 @@ def test_every_boolean_value_is_a_toggle_that_was_tried() -> None:
                 yield from booleans(value, f"{prefix}{key}.")
 
     values = yaml.safe_load((CHART / "values.yaml").read_text())
-    assert set(booleans(values)) == {*TOGGLES, "monitoring.podMonitor", "monitoring.serviceMonitor"}
+    assert set(booleans(values)) == TOGGLES.keys()
+
+
+def test_nothing_of_the_prometheus_operator_or_grafana_is_made_unasked() -> None:
+    kinds = {each["apiVersion"] for each in render(*CLUSTER)}
+    assert "monitoring.coreos.com/v1" not in kinds and "grafana_dashboard" not in rendered(*CLUSTER)
 
 
 @pytest.mark.parametrize("kind", ["PodMonitor", "ServiceMonitor"])
 def test_a_monitor_reads_the_port_that_the_operator_serves(kind: str) -> None:
     objects = render(f"monitoring.{kind[0].lower()}{kind[1:]}=true", "monitoring.labels.release=prometheus")
-    (monitor,) = of_kind(objects, "PodMonitor", "ServiceMonitor")
-    assert monitor["kind"] == kind and monitor["metadata"]["labels"]["release"] == "prometheus"
+    monitor = named(objects, kind, "feddiff-operator")
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
     (endpoint,) = monitor["spec"].get("endpoints") or monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["honorLabels"] is True  # or every job would be in the operator's namespace
     deployment = named(objects, "Deployment", "feddiff-operator")["spec"]["template"]
     service = named(objects, "Service", "feddiff-operator")
     carries = service["metadata"]["labels"] if kind == "ServiceMonitor" else deployment["metadata"]["labels"]
@@ -121,9 +137,83 @@ def test_a_monitor_reads_the_port_that_the_operator_serves(kind: str) -> None:
     assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
 
 
+@pytest.mark.parametrize("scope", [CLUSTER, NAMESPACES], ids=["cluster", "namespaces"])
+def test_a_monitor_reads_the_port_that_stages_serve_wherever_they_run(scope: list[str]) -> None:
+    objects = render(*scope, "monitoring.podMonitor=true", "monitoring.labels.release=prometheus")
+    monitor = named(objects, "PodMonitor", "feddiff-stages")
+    where = {"matchNames": ["clinic-a", "clinic-b", "research"]} if scope == NAMESPACES else {"any": True}
+    assert monitor["metadata"]["labels"]["release"] == "prometheus" and monitor["spec"]["namespaceSelector"] == where
+    pod = manifests(job(), Stage.RELEASE, "a")[-1]["spec"]["template"]
+    (wanted,), (endpoint,) = monitor["spec"]["selector"]["matchExpressions"], monitor["spec"]["podMetricsEndpoints"]
+    assert wanted["operator"] == "Exists" and wanted["key"] in pod["metadata"]["labels"]
+    assert endpoint["port"] in {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
+    assert not of_kind(render(*scope, "monitoring.serviceMonitor=true"), "PodMonitor")
+
+
+def test_what_an_owners_pod_says_is_kept_only_if_a_stage_may_tell_it() -> None:
+    monitor = named(render("monitoring.podMonitor=true"), "PodMonitor", "feddiff-stages")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    (kept,) = endpoint["metricRelabelings"]
+    assert "honorLabels" not in endpoint  # it cannot speak for another namespace
+    assert (kept["action"], kept["sourceLabels"]) == ("keep", ["__name__"])
+    told = {metric.name for metric in told_by(Stage.TRAIN_SHARED)}
+    metrics = Metrics()
+    own = {family.name for family in metrics.registry.collect()} | {"feddiff_privacy_epsilon_spent", "ALERTS"}
+    assert all(re.fullmatch(kept["regex"], name) for name in told)
+    assert not [name for name in own if re.fullmatch(kept["regex"], name)]
+
+
+def alerts(*settings: str) -> dict[str, Object]:
+    rule = named(render("monitoring.prometheusRule=true", *settings), "PrometheusRule", "feddiff")
+    return {each["alert"]: each for group in rule["spec"]["groups"] for each in group["rules"]}
+
+
+def test_the_rule_has_the_alerts_as_they_are_tested_and_a_page_for_each() -> None:
+    tested = yaml.safe_load((CHART / "alerts.yaml").read_text())["groups"]
+    expected = {each["alert"]: each for group in tested for each in group["rules"]}
+    made = alerts()
+    pages = {alert: each["annotations"].pop("runbook_url") for alert, each in copy.deepcopy(made).items()}
+    for each in made.values():
+        assert (ROOT / each["annotations"]["runbook_url"]).is_file()
+        without = {key: text for key, text in each["annotations"].items() if key != "runbook_url"}
+        assert {**each, "annotations": without} == expected[each["alert"]]
+    assert pages == {alert: f"docs/runbooks/{alert}.md" for alert in expected}
+    made = alerts("monitoring.runbookUrl=https://wiki.example/feddiff")
+    assert made["FeddiffNoLeader"]["annotations"]["runbook_url"] == "https://wiki.example/feddiff/FeddiffNoLeader.md"
+
+
+def test_severities_are_the_installations_own_and_none_leaves_an_alert_out() -> None:
+    changed = ("FeddiffNoLeader=warning", "FeddiffRefusals=none")
+    made = alerts(*(f"monitoring.severities.{each}" for each in changed), "monitoring.labels.release=prometheus")
+    assert made["FeddiffNoLeader"]["labels"] == {"severity": "warning"}
+    assert alerts().keys() - made.keys() == {"FeddiffRefusals"}
+    rule = named(render("monitoring.prometheusRule=true", "monitoring.labels.release=x"), "PrometheusRule", "feddiff")
+    assert rule["metadata"]["labels"]["release"] == "x"
+
+
+def test_commands_in_alerts_name_the_namespace_of_the_installation() -> None:
+    done = helm("template", "feddiff", CHART, "--namespace", "elsewhere", "--set", "monitoring.prometheusRule=true")
+    assert "--namespace elsewhere" in done.stdout and "feddiff-system" not in done.stdout
+
+
+def test_dashboards_are_found_by_grafanas_sidecar() -> None:
+    on = "monitoring.dashboards.enabled=true"
+    made = [each for each in of_kind(render(on), "ConfigMap") if "dashboard" in each["metadata"]["name"]]
+    shipped = {path.name: json.loads(path.read_text()) for path in (CHART / "dashboards").glob("*.json")}
+    assert {key: json.loads(text) for each in made for key, text in each["data"].items()} == {
+        f"feddiff-{name}": content for name, content in shipped.items()
+    }
+    assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in made)
+    assert all("annotations" not in each["metadata"] for each in made)
+    own = ["labels.team=a", "folder=feddiff", "annotations.example=b"]
+    each = named(render(on, *(f"monitoring.dashboards.{x}" for x in own)), "ConfigMap", "feddiff-dashboard-fleet")
+    assert each["metadata"]["annotations"] == {"grafana_folder": "feddiff", "example": "b"}
+    assert each["metadata"]["labels"]["team"] == "a" and each["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+
 def test_no_object_is_made_twice() -> None:
     for scope in (CLUSTER, NAMESPACES):
-        names = [identity(each) for each in render(*scope, "monitoring.podMonitor=true")]
+        names = [identity(each) for each in render(*scope, *(f"{toggle}=true" for toggle in TOGGLES))]
         assert len(names) == len(set(names))
 
 
@@ -199,6 +289,9 @@ def test_what_helm_keeps_is_the_kinds_the_policies_and_their_parameters() -> Non
         ("networkPolicy.store.to[0].ipblock.cidr=10.0.0.0/8", "ipblock"),
         ("monitoring.podmonitor=true", "podmonitor"),
         ("monitoring.interval=soon", "/monitoring/interval"),
+        ("monitoring.severities.FeddiffNoLeader=panic", "/monitoring/severities/FeddiffNoLeader"),
+        ("monitoring.runbookUrl=https://wiki.example/", "/monitoring/runbookUrl"),
+        ("monitoring.dashboards.enable=true", "enable"),
     ],
 )
 def test_the_schema_refuses_a_typo_and_names_it(setting: str, word: str) -> None:
@@ -245,6 +338,7 @@ def unknown_values(schema: Object, values: Object, path: str = "") -> list[str]:
     ("settings", "words"),
     [
         (["scope=namespaces"], "scope: namespaces needs jobNamespaces"),
+        (["monitoring.severities.FeddiffLeader=none"], "expected names of alerts (FeddiffLedgerMismatch"),
         (["operator.apiBurst=5"], "operator.apiBurst: expected at least operator.apiQps, 50, found 5"),
     ],
 )
@@ -271,9 +365,11 @@ def test_the_operator_understands_the_command_line_that_it_gets() -> None:
     assert settings == Settings(trainer_image="localhost/feddiff-trainer:0.1.0")
     assert settings_of(render(*NAMESPACES)).namespaces == ("clinic-a", "clinic-b", "research")
     changed = ["leaseSeconds=3", "workers=4", "apiQps=20", "apiBurst=70", "resyncSeconds=5", "livenessSeconds=150"]
+    changed.append("progressSeconds=0")
     settings = settings_of(render(*(f"operator.{each}" for each in changed)))
     numbers = (settings.lease_seconds, settings.workers, settings.api_qps, settings.api_burst)
     assert numbers == (3, 4, 20, 70) and (settings.resync_seconds, settings.liveness_seconds) == (5, 150)
+    assert settings.progress_seconds == 0
 
 
 def test_the_drain_is_told_the_same_lease_and_namespaces_as_the_operator() -> None:

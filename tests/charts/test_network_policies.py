@@ -18,6 +18,7 @@ import yaml
 
 from cluster.kubernetes import PROGRAMS
 from feddiff_protocol.stages import Stage
+from feddiff_protocol.telemetry import METRICS_PORT
 
 CHART = Path(__file__).parents[2] / "charts/feddiff"
 Object = dict[str, Any]
@@ -26,7 +27,11 @@ SETTINGS = {
     "jobNamespaces": ["research"],
     "ownerNamespaces": ["clinic-a", "clinic-b"],
     "networkPolicy": {
-        "metricsFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+        "metricsFrom": [
+            {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}},
+            {"podSelector": {"matchLabels": {"app": "scraper"}}},  # of the operator's own namespace
+            {"ipBlock": {"cidr": "10.7.7.7/32"}},
+        ],
         "apiServer": {"cidrs": ["10.0.0.1/32"], "ports": [6443]},
         "store": {"to": [{"ipBlock": {"cidr": "10.9.0.0/16", "except": ["10.9.9.0/24"]}}], "ports": [8333]},
     },
@@ -138,6 +143,8 @@ def places() -> list[Place]:
         stage("report", "research", "report"),
         *(Place(f"stranger-{each}", each) for each in ("clinic-a", "research", "feddiff-system", "elsewhere")),
         Place("prometheus", "monitoring"),
+        *(Place(f"scraper-{each}", each, {"app": "scraper"}) for each in ("feddiff-system", "clinic-a", "research")),
+        Place("outer-prometheus", address="10.7.7.7"),
         Place("dns", "kube-system", {"k8s-app": "kube-dns"}),
         Place("api-server", address="10.0.0.1"),
         Place("store", address="10.9.1.1"),
@@ -146,7 +153,8 @@ def places() -> list[Place]:
     ]
 
 
-PORTS = [(53, "UDP"), (53, "TCP"), (443, "TCP"), (6443, "TCP"), (8080, "TCP"), (8333, "TCP"), (29500, "TCP")]
+PORTS = [(53, "UDP"), (53, "TCP"), (443, "TCP"), (6443, "TCP"), (8080, "TCP"), (8333, "TCP")]
+PORTS += [(METRICS_PORT, "TCP"), (29500, "TCP")]
 STAGES = {"release-a", "train-personal-a", "sample-a", "evaluate-a", "release-b", "rank-0", "rank-1", "report"}
 GUARDED = STAGES | {"operator", "drain"}  # pods that some policy isolates
 
@@ -156,7 +164,9 @@ def expected() -> set[tuple[str, str, int]]:
     allowed = {(each, "store", 8333) for each in STAGES}
     allowed |= {(each, "dns", 53) for each in GUARDED}
     allowed |= {(each, "api-server", 6443) for each in ("operator", "drain")}
-    allowed |= {(each, "operator", 8080) for each in ("helm-test", "prometheus")}
+    scrape = ("prometheus", "scraper-feddiff-system", "outer-prometheus")
+    allowed |= {(each, "operator", 8080) for each in ("helm-test", *scrape)}
+    allowed |= {(each, stage, METRICS_PORT) for each in ("operator", *scrape) for stage in STAGES}
     ranks = [("rank-0", "rank-1"), ("rank-1", "rank-0")]
     return allowed | {(*pair, port) for pair in ranks for port, _ in PORTS}
 
@@ -184,6 +194,28 @@ def _open_ingress(policies: list[Object]) -> None:
     policies[0]["spec"]["ingress"] = [{}]
 
 
+def _scraped_from_everywhere(policies: list[Object]) -> None:
+    for each in policies:
+        for rule in each["spec"]["ingress"]:
+            if rule.get("ports") == [{"protocol": "TCP", "port": METRICS_PORT}]:
+                del rule["from"]
+
+
+def _open_beside_the_port(policies: list[Object]) -> None:
+    for each in policies:
+        for rule in each["spec"]["ingress"]:
+            rule.pop("ports", None)
+
+
+def _scraped_from_the_owners_namespace(policies: list[Object]) -> None:
+    """A peer as it stands in the values, where it means the operator's namespace."""
+    for each in policies:
+        for rule in each["spec"]["ingress"]:
+            for peer in rule["from"]:
+                if peer.get("podSelector") == {"matchLabels": {"app": "scraper"}}:
+                    peer.pop("namespaceSelector", None)
+
+
 def _without_ranks(policies: list[Object]) -> None:
     policies[:] = [each for each in policies if each["metadata"]["name"] != "feddiff-ranks"]
 
@@ -206,7 +238,17 @@ def _without_the_exception(policies: list[Object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [_open_ingress, _without_ranks, _without_an_owner, _forgetting_a_stage, _without_the_exception]
+    "spoil",
+    [
+        _open_ingress,
+        _scraped_from_everywhere,
+        _open_beside_the_port,
+        _scraped_from_the_owners_namespace,
+        _without_ranks,
+        _without_an_owner,
+        _forgetting_a_stage,
+        _without_the_exception,
+    ],
 )
 def test_a_spoilt_policy_is_noticed(spoil: Callable[[list[Object]], None]) -> None:
     policies = copy.deepcopy(objects_of("NetworkPolicy"))

@@ -1,23 +1,33 @@
-"""Every reason has a runbook page, no page is about a reason that is gone, and each page is complete."""
+"""Every reason and every alert has a runbook page, no page is about one that is gone, and each page is complete."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
+
 from feddiff_protocol.plan import Reason
 
-RUNBOOKS = Path(__file__).parents[2] / "docs/runbooks"
+ROOT = Path(__file__).parents[2]
+RUNBOOKS = ROOT / "docs/runbooks"
 PAGES = {path.stem: path.read_text() for path in RUNBOOKS.glob("*.md") if path.stem != "README"}
 
 
-def differing(reasons: Iterable[str], pages: Iterable[str]) -> set[str]:
-    return set(reasons) ^ set(pages)
+ALERTS = [
+    rule["alert"]
+    for group in yaml.safe_load((ROOT / "charts/feddiff/alerts.yaml").read_text())["groups"]
+    for rule in group["rules"]
+]
 
 
-def test_every_reason_has_a_page_and_no_other() -> None:
-    reasons = [reason.value for reason in Reason]
-    assert differing(reasons, PAGES) == set()
-    assert differing([*reasons, "NewReason"], PAGES) == {"NewReason"}
+def differing(names: Iterable[str], pages: Iterable[str]) -> set[str]:
+    return set(names) ^ set(pages)
+
+
+def test_every_reason_and_alert_has_a_page_and_nothing_else_has() -> None:
+    names = [*(reason.value for reason in Reason), *ALERTS]
+    assert differing(names, PAGES) == set()
+    assert differing([*names, "NewReason"], PAGES) == {"NewReason"}
 
 
 def test_a_page_says_what_it_means_what_to_do_and_who() -> None:
@@ -29,6 +39,10 @@ def test_a_page_says_what_it_means_what_to_do_and_who() -> None:
         )
 
 
+def test_the_page_of_an_alert_says_what_makes_it_worse() -> None:
+    assert all(re.search(r"^\*\*Do not\.\*\* \S", PAGES[alert], re.MULTILINE) for alert in ALERTS)
+
+
 def test_the_index_links_every_page_once() -> None:
     index = (RUNBOOKS / "README.md").read_text()
     rows = re.findall(r"^\| \[(\w+)\]\((\w+)\.md\)", index, re.MULTILINE)
@@ -36,7 +50,7 @@ def test_the_index_links_every_page_once() -> None:
 
 
 def test_the_index_has_every_reason_of_a_dataset() -> None:
-    source = (Path(__file__).parents[2] / "protocol/feddiff_protocol/ledger_objects.py").read_text()
+    source = (ROOT / "protocol/feddiff_protocol/ledger_objects.py").read_text()
     reasons = re.findall(r'_condition\("\w+", "\w+", "(\w+)"', source)
     index = (RUNBOOKS / "README.md").read_text()
     assert reasons and all(f"`{reason}`" in index for reason in reasons)

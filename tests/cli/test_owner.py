@@ -14,6 +14,7 @@ from feddiff import main as command
 from feddiff.owner import owner_documents
 from feddiff_protocol.api import PrivateDataset, parse_document
 from feddiff_protocol.errors import UsageInvalid
+from feddiff_protocol.telemetry import METRICS_PORT
 
 CHART = Path(__file__).parents[2] / "charts" / "feddiff"
 Object = dict[str, Any]
@@ -74,10 +75,14 @@ def test_the_binding_names_role_and_account_of_the_chart() -> None:
     assert "name: feddiff-operator, namespace" in rbac
 
 
-def test_owner_stages_reach_dns_and_one_port_and_nobody_reaches_them() -> None:
-    policy = documents("clinic-a", "feddiff-system")["NetworkPolicy"]["spec"]
+def test_owner_stages_reach_dns_and_one_port_and_only_the_operator_reaches_them() -> None:
+    policy = documents("clinic-a", "ops")["NetworkPolicy"]["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
-    assert policy["ingress"] == []
+    ((rule,), (peer,)) = policy["ingress"], policy["ingress"][0]["from"]
+    assert rule["ports"] == [{"protocol": "TCP", "port": METRICS_PORT}]
+    assert peer["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "ops"}}
+    for label, value in peer["podSelector"]["matchLabels"].items():
+        assert f"{label}: {value}" in (CHART / "templates/_names.tpl").read_text()
     assert [[port["port"] for port in rule["ports"]] for rule in policy["egress"]] == [[53, 53], [443]]
 
 

@@ -154,6 +154,7 @@ def test_a_watch_is_as_alive_as_its_last_byte_and_opening_it_again_proves_nothin
                 assert silent() == 0
             await server.lines.put(b"")
         assert requests == [("watch", path, "200")] * 2
+        assert watches.reopened() == {path: 1}
 
     pages = web.Application()
     pages.add_routes([web.get("/api/v1/pods", server.watch)])

@@ -23,12 +23,27 @@ Object = dict[str, Any]
 STUB = """
 import dataclasses, json, os, sys
 from feddiff_operator.main import run
+from feddiff_operator.progress import Target
 from feddiff_operator.settings import parse_settings
+from feddiff_protocol.stages import Stage
+from feddiff_protocol.telemetry import StageProgress
 
 class Stub:
+    def __init__(self, stages):
+        self.stages, self.done = stages, 0
+        stages._ask = self.ask
+
+    async def ask(self, address):
+        self.done += 1
+        return StageProgress(stage="train-shared", done=min(self.done, 3), total=100)
+
     async def job(self, namespace, name, children):
+        key = (Stage.TRAIN_SHARED, "")
+        self.stages.follow(namespace, name, "uid", [Target(key, "pod", "10.0.0.1")])
+        known = self.stages.of(namespace, name).get(key)
         uid = os.environ.get("JOB_UID", "no-uid")
         seen = {"jobs": [j["metadata"]["name"] for j in children.jobs_of(uid)], "pods": len(children.pods_of(uid))}
+        seen |= {"share": known.share} if known else {}
         print(json.dumps({"job": f"{namespace}/{name}", **seen}), flush=True)
         if name.startswith("broken"):
             raise RuntimeError("as told")
@@ -38,7 +53,7 @@ class Stub:
 
 settings = parse_settings(sys.argv[1:])
 liveness = float(os.environ.get("LIVENESS_SECONDS", settings.liveness_seconds))
-sys.exit(run(dataclasses.replace(settings, liveness_seconds=liveness), lambda *_: Stub()))
+sys.exit(run(dataclasses.replace(settings, liveness_seconds=liveness), lambda *given: Stub(given[-1])))
 """
 
 
@@ -48,7 +63,8 @@ class Replica:
     def __init__(self, folder: Path, kubeconfig: Path, *flags: str, **environment: str) -> None:
         self.out, self.log = folder / "out", folder / "log"
         folder.mkdir()
-        command = [sys.executable, "-W", "error", "-c", STUB, "--trainer-image=trainer:test", "--port=0", *flags]
+        quiet = ["--trainer-image=trainer:test", "--port=0", "--progress-seconds=0"]
+        command = [sys.executable, "-W", "error", "-c", STUB, *quiet, *flags]
         with self.out.open("wb") as out, self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=log, env={**os.environ, "KUBECONFIG": str(kubeconfig), **environment}
@@ -213,6 +229,16 @@ def test_every_change_is_reconciled_once_and_children_wake_their_job(scene: Scen
     assert operator.metric("feddiff_privacy_epsilon_limit") == 20
     assert operator.metric('feddiff_watch_events_total{kind="PrivacyRelease"') == 1
     assert operator.metric('feddiff_api_requests_total{code="200",resource="pods",verb="watch"') == 2
+
+
+def test_a_job_is_looked_at_when_its_pods_tell_of_another_percent(scene: Scene) -> None:
+    scene.job("training")
+    operator = scene.operator("--progress-seconds=0.1").ready()
+    job = f"{scene.research}/training"
+    operator.until("the news", lambda: operator.lines() and operator.lines()[-1].get("share") == 0.03)
+    assert operator.count("job", job) <= 4, "once for each percent, and once at first"
+    silent = scene.operator()
+    assert silent.process.poll() is None and "share" not in operator.lines()[0]
 
 
 def test_everything_is_looked_at_again_in_every_period(scene: Scene) -> None:

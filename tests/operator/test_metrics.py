@@ -51,6 +51,7 @@ def test_a_budget_is_shown_as_its_dataset_tells_it_and_goes_with_it() -> None:
     assert value(metrics, "feddiff_privacy_epsilon_limit", **labels) == 20
     assert value(metrics, "feddiff_privacy_epsilon_reserved", **labels) == 2.5
     assert value(metrics, "feddiff_privacy_epsilon_spent", **labels) == 10.0312
+    assert value(metrics, "feddiff_privacy_epsilon_remaining", **labels) == 7.1
     assert value(metrics, "feddiff_ledger_mismatch", namespace="clinic-a", dataset="scans") == 0
     datasets[0] = dataset({"conditions": [{"type": "LedgerConsistent", "status": "False"}]})
     assert value(metrics, "feddiff_ledger_mismatch", namespace="clinic-a", dataset="scans") == 1
@@ -84,7 +85,7 @@ def test_what_happens_is_counted_with_labels_that_cannot_grow() -> None:
     metrics.watch_event("Pod", 99.0)
     metrics.led(True)
     metrics.refused("PrivacyBudgetExceeded")
-    metrics.gauge("reconcile_queue_depth", "Objects that wait", lambda: 7)
+    metrics.queue(lambda: 7, lambda: 0.5)
     assert value(metrics, "feddiff_api_requests_total", verb="create", resource="jobs", code="201") == 100
     conflicts = {"verb": "update", "resource": "privatedatasets/status", "code": "409"}
     assert value(metrics, "feddiff_api_requests_total", **conflicts) == 100
@@ -116,3 +117,10 @@ def test_only_what_may_admit_a_waiting_job_wakes_it() -> None:
     assert dataset({"budget": BUDGET}, annotations=acknowledged).may_admit_more_than(before)
     contradicted = dataset({"budget": BUDGET, "conditions": [{"type": "LedgerConsistent", "status": "False"}]})
     assert before.may_admit_more_than(contradicted)
+
+
+def test_the_first_refusal_is_a_rise_and_not_a_new_series() -> None:
+    metrics = Metrics()
+    assert value(metrics, "feddiff_privacy_refusals_total", reason="PrivacyBudgetExceeded") == 0
+    metrics.refused("PrivacyBudgetExceeded")
+    assert value(metrics, "feddiff_privacy_refusals_total", reason="PrivacyBudgetExceeded") == 1

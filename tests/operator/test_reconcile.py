@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.kubelet import receipt_of
 from fake_cluster import FakeCluster, Killed, Mortal, Platform, SeenChildren, no_sleep
@@ -19,10 +20,13 @@ from feddiff_operator import reconcile, workloads
 from feddiff_operator.cluster import CONFIG_MAP, FDJ, JOB, PDS, POD, PRL, SERVICE, Conflict, Invalid, Refused
 from feddiff_operator.ledger import ClusterLedger
 from feddiff_operator.metrics import Metrics
+from feddiff_operator.progress import Progresses
 from feddiff_operator.reconcile import Reconciler
 from feddiff_operator.settings import Settings
 from feddiff_protocol.ledger import inconsistency
 from feddiff_protocol.ledger_objects import account_of, entry_of
+from feddiff_protocol.stages import Stage
+from feddiff_protocol.telemetry import StageProgress
 
 Object = dict[str, Any]
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -45,6 +49,8 @@ class World:
     def __init__(self, outcome: Callable[[Object, Object], Any] | None = None, **spec: Any) -> None:
         self.platform = Platform(outcome or self.good)
         self.now = START
+        self.metrics = Metrics()
+        self.told: dict[str, StageProgress] = {}  # what pods say of their progress, by address
         self.recorder = Recorder()
         for client in "ab":
             self.platform.put(PDS, dataset(client))
@@ -60,9 +66,13 @@ class World:
     def operator(self, cluster: Any = None) -> Reconciler:
         cluster = cluster or self.platform
         settings = Settings(trainer_image="trainer:test")
+        ledger = ClusterLedger(cluster, self.clock, no_sleep)
         return Reconciler(
-            cluster, ClusterLedger(cluster, self.clock, no_sleep), settings, self.recorder, Metrics(), self.clock
+            cluster, ledger, settings, self.recorder, self.metrics, self.clock, Progresses(self.clock, self.ask)
         )
+
+    async def ask(self, address: str) -> StageProgress | None:
+        return self.told.get(address)
 
     def clock(self) -> datetime:
         return self.now
@@ -639,3 +649,66 @@ def test_jobs_of_an_earlier_job_of_the_same_name_are_removed() -> None:
 
     asyncio.run(story())
     assert world.platform.peek(JOB) == []
+
+
+# ---- progress and what is counted --------------------------------------------------------------------------------
+
+
+def test_a_running_trainings_progress_reaches_the_status_and_a_finished_job_is_asked_no_more() -> None:
+    async def story() -> None:
+        trained = False
+
+        def outcome(pod: Object, child: Object) -> tuple[int, str] | None:
+            waits = child["metadata"]["labels"]["feddiff.dev/stage"] == "train-shared" and not trained
+            return None if waits else world.good(pod, child)
+
+        world = World(outcome)
+        operator = world.operator()
+
+        def training() -> bool:
+            """The shared training is all that runs."""
+            stages = {each["stage"]: each for each in world.status.get("stages", [])}
+            return bool(stages and stages["train-shared"]["running"] and stages["train-personal"]["succeeded"] == 2)
+
+        await world.go_on(operator, training)
+        for pod in world.platform.peek(POD):
+            rank = pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]
+            world.platform.put(POD, {**pod, "status": {**pod["status"], "podIP": f"10.0.0.{int(rank) + 1}"}})
+        await world.look(operator)
+        before, version = world.status["progress"], world.platform.version
+        assert await operator.progress.round() == [] and world.platform.version == version, "nobody answers"
+
+        for images in (500_000, 1_000_000):
+            world.told = {"10.0.0.1": StageProgress(stage=Stage.TRAIN_SHARED, done=images, total=2_000_000)}
+            assert await operator.progress.round() == [("research", "job")]
+            world.now += timedelta(minutes=10)
+        await world.look(operator)
+        assert {each["stage"]: each["percent"] for each in world.status["stages"]}["train-shared"] == 50
+        assert world.status["progress"] > before and "eta" in world.status
+        version = world.platform.version
+        await world.look(operator)
+        assert world.platform.version == version, "the same is not written twice"
+
+        trained = True
+        await world.go_on(operator, world.ended)
+        await world.look(operator)
+        world.told = {"10.0.0.1": StageProgress(stage=Stage.TRAIN_SHARED, done=1, total=2)}
+        assert operator.progress.of("research", "job") == {} and await operator.progress.round() == []
+        assert (world.status["progress"], "eta" in world.status) == ("100 %", False)
+
+    asyncio.run(story())
+
+
+def test_charges_and_ended_attempts_are_counted_once() -> None:
+    world = World()
+    asyncio.run(world.go_on(world.operator(), world.ended))
+    families = text_string_to_metric_families(world.metrics.exposition().decode())
+    samples = [sample for family in families for sample in family.samples]
+    assert [sample.value for sample in samples if sample.name == "feddiff_privacy_releases_total"] == [2]
+    ended = {
+        (sample.labels["stage"], sample.labels["result"]): sample.value
+        for sample in samples
+        if sample.name == "feddiff_stage_duration_seconds_count"
+    }
+    of_clients = {(stage.value, "succeeded"): 2 for stage in Stage}
+    assert ended == {**of_clients, ("train-shared", "succeeded"): 1, ("report", "succeeded"): 1}

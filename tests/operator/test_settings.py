@@ -25,13 +25,14 @@ def test_every_setting_has_a_flag() -> None:
         "--api-qps": "20.5",
         "--api-burst": "40",
         "--resync-seconds": "60",
+        "--progress-seconds": "0",
         "--port": "0",
         "--liveness-seconds": "300",
     }
     settings = parse_settings(
         [*IMAGE, "--namespace", "b", "--namespace", "a", *(x for kv in given.items() for x in kv)]
     )
-    expected = Settings(IMAGE[1], ("a", "b"), "kube-feddiff", "leader", 3, 4, 20.5, 40, 60.0, 0, 300.0)
+    expected = Settings(IMAGE[1], ("a", "b"), "kube-feddiff", "leader", 3, 4, 20.5, 40, 60.0, 0.0, 0, 300.0)
     assert settings == expected
     changed = [field.name for field in dataclasses.fields(Settings)]
     assert all(getattr(settings, name) != getattr(Settings("?"), name) for name in changed)

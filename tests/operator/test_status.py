@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from batch_objects import NOW, SHA, UID, batch_job, job, text
+from feddiff_operator.progress import Known
 from feddiff_operator.status import ended, expires_at, job_status
 from feddiff_protocol.crd import definitions
 from feddiff_protocol.plan import (
@@ -104,8 +105,9 @@ def test_the_columns_count_clients_ranks_and_stages() -> None:
     status = after(found(), charged(*stages, running), jobs=[shared])["status"]
     assert (status["clientsSummary"], status["trainer"], status["epsilon"]) == ("2/2", "1/2", "10")
     assert status["progress"] == "20 %", "2 releases of 2 x 4 + 2 stages"
-    assert status["stages"][0] == {"stage": "release", "running": 0, "succeeded": 2, "failed": 0, "stopped": 0}
-    assert status["stages"][1] == {"stage": "train-shared", "running": 1, "succeeded": 0, "failed": 0, "stopped": 0}
+    none = {"running": 0, "succeeded": 0, "failed": 0, "stopped": 0}
+    assert status["stages"][0] == {**none, "stage": "release", "succeeded": 2, "percent": 100}
+    assert status["stages"][1] == {**none, "stage": "train-shared", "running": 1, "percent": 0}
     trained = after(found(), charged(*stages, done(Stage.TRAIN_SHARED)), jobs=[shared])["status"]
     assert trained["trainer"] == "2/2"
 
@@ -160,8 +162,64 @@ def test_kubectl_explains_every_field_of_a_status() -> None:
     lost = StageObserved(StagePhase.FAILED, 1, 9, 77)
     observed = replace(charged(done(Stage.RELEASE, "a"), ((Stage.RELEASE, "b"), lost)), counted=("a",))
     status = after(found(), observed, releasing_since=NOW)["status"]
-    status |= {"completionTime": text(LATER)}
+    status |= {"completionTime": text(LATER), "eta": text(LATER)}
     assert status["dropped"] and status["counted"]
     assert undescribed(status, schema) == []
     assert set(status) == set(schema["properties"]), "and it explains no field that nobody writes"
     assert undescribed({**status, "stages": [{"stage": "release", "lost": 1}]}, schema) == ["status.stages[].lost"]
+# ---- progress and ETA --------------------------------------------------------------------------------------------
+
+SHARED = (Stage.TRAIN_SHARED, "")
+RUNNING = StageObserved(StagePhase.RUNNING, 1)
+RELEASED = [done(Stage.RELEASE, name) for name in "ab"]
+TRAINING = charged(*RELEASED, (SHARED, RUNNING))
+
+
+def known(share: float, minutes: float | None = None, at: Any = NOW) -> dict[StageKey, Known]:
+    return {SHARED: Known(share, at + timedelta(minutes=minutes) if minutes is not None else None)}
+
+
+def test_what_a_running_stage_says_moves_its_percent_and_the_jobs() -> None:
+    status = after(found(), TRAINING, progress=known(0.5))["status"]
+    assert status["progress"] == "25 %", "2.5 of 2 x 4 + 2 stages"
+    assert {each["stage"]: each["percent"] for each in status["stages"]} == {
+        **dict.fromkeys(map(str, Stage), 0),
+        "release": 100,
+        "train-shared": 50,
+    }
+    personal = (Stage.TRAIN_PERSONAL, "a")
+    both = charged(*RELEASED, (personal, RUNNING))
+    (of_owners,) = [
+        each
+        for each in after(found(), both, progress={personal: Known(0.5)})["status"]["stages"]
+        if each["stage"] == "train-personal"
+    ]
+    assert of_owners["percent"] == 25, "half of one of two owners"
+
+
+def test_a_stage_is_done_when_its_receipt_says_so_and_not_before() -> None:
+    status = after(found(), TRAINING, progress=known(1.0))["status"]
+    assert (status["stages"][1]["percent"], status["progress"]) == (99, "29 %")
+    assert after(found(), charged(*RELEASED, done(*SHARED)))["status"]["stages"][1]["percent"] == 100
+
+
+def test_less_than_a_percent_is_not_worth_a_write() -> None:
+    first = after(found(), TRAINING, progress=known(0.500))
+    assert after(first, TRAINING, LATER, progress=known(0.509)) == first
+    assert after(first, TRAINING, LATER, progress=known(0.51)) != first
+
+
+def test_an_operator_that_has_not_asked_yet_takes_nothing_back() -> None:
+    first = after(found(), TRAINING, progress=known(0.5, 60))
+    taken_over = after(first, TRAINING, LATER)
+    assert (taken_over["status"]["progress"], taken_over["status"]["eta"]) == ("25 %", first["status"]["eta"])
+    assert after(first, TRAINING, LATER, progress=known(0.4))["status"]["progress"] == "24 %", "what it hears counts"
+
+
+def test_the_eta_is_a_minute_that_stands_while_it_is_about_right() -> None:
+    first = after(found(), TRAINING, progress=known(0.5, 60.4))
+    assert first["status"]["eta"] == text(NOW + timedelta(minutes=61))
+    assert after(first, TRAINING, progress=known(0.5, 65))["status"]["eta"] == first["status"]["eta"]
+    assert after(first, TRAINING, progress=known(0.5, 75))["status"]["eta"] == text(NOW + timedelta(minutes=76))
+    assert "eta" not in after(first, charged(*RELEASED, done(*SHARED)))["status"]
+    assert "eta" not in after(found(), TRAINING, progress=known(0.5))["status"]

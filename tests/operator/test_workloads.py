@@ -21,6 +21,7 @@ from feddiff_operator.workloads import (
 from feddiff_protocol.api import FederatedDiffusionJob
 from feddiff_protocol.errors import SpecInvalid
 from feddiff_protocol.stages import Stage, TrainSharedSpec
+from feddiff_protocol.telemetry import METRICS_PORT, METRICS_PORT_VARIABLE
 
 Object = dict[str, Any]
 WHOLE_JOB = (Stage.TRAIN_SHARED, Stage.REPORT)
@@ -176,7 +177,7 @@ def test_what_needs_one_process_has_neither_service_nor_ranks(shared: Object) ->
     asked = job(shared=shared, **SUMMARY) if "denoiser" in shared else job(shared=shared)
     _, child = manifests(asked, Stage.TRAIN_SHARED)
     assert child["spec"]["completions"] == 1
-    assert set(environment(Stage.TRAIN_SHARED, asked=asked)) == {"HOME"}
+    assert set(environment(Stage.TRAIN_SHARED, asked=asked)) == {"HOME", METRICS_PORT_VARIABLE}
 
 
 SUMMARY: Object = {
@@ -431,3 +432,15 @@ def test_a_pod_that_trespasses_would_be_refused_there(control_plane: ControlPlan
     bad["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
     status, answer = dry_run(control_plane, restricted(control_plane), bad)
     assert status == 403 and "allowPrivilegeEscalation" in answer["message"]
+
+
+# ---- the port --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_every_stage_is_told_the_port_that_its_pod_declares_and_nothing_probes_it(stage: Stage) -> None:
+    client = "" if stage in (Stage.TRAIN_SHARED, Stage.REPORT) else "a"
+    (port,) = container(stage, client)["ports"]
+    assert port == {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"}
+    assert environment(stage, client=client)[METRICS_PORT_VARIABLE] == str(METRICS_PORT)
+    assert not [field for field in container(stage, client) if field.endswith("Probe")]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import PrivacySpec, parse
-from feddiff_protocol.errors import DataInvalid
+from feddiff_protocol.errors import DataInvalid, PrivacyRefusal
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseSpec, TrainPersonalSpec
 from feddiff_trainer import train_personal, train_shared, training
@@ -26,8 +26,9 @@ from feddiff_trainer.mechanisms import clip_l2
 from feddiff_trainer.network import CLIPPED, UNCLIPPED, Denoiser
 from feddiff_trainer.records import read_source
 from feddiff_trainer.release import release
-from feddiff_trainer.stage import run_stage
+from feddiff_trainer.stage import report_progress, run_stage
 from feddiff_trainer.stores import open_store
+from feddiff_trainer.telemetry import telling
 from feddiff_trainer.train_personal import clipped_images, images_of, personal_pool, source_of
 from feddiff_trainer.train_shared import Releases, pool_of, releases_of
 
@@ -285,11 +286,23 @@ def test_all_that_is_said_is_how_far_it_got(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Loss and speed depend on private records. Mutant: the shared denoiser's progress, which shows them."""
+    """Loss and speed depend on private records. Mutants: lines that show them, and the shared denoiser's progress,
+    which tells them as metrics, too: there the stage is stopped."""
     receipt, lines = stage_output(prepared(tmp_path / "run", "summary"))
     assert receipt["outputs"] == {}
     assert lines[-1]["done"] == lines[-1]["total"] == STEPS * BATCH
     assert all(set(line) == PROGRESS_FIELDS and line["unit"] == "images" for line in lines)
-    monkeypatch.setattr(train_personal, "show_progress", train_shared.show_progress_and_loss)
+    monkeypatch.setattr(
+        train_personal,
+        "show_progress",
+        lambda progress: report_progress(progress.images, progress.num_images, "images", loss=progress.loss),
+    )
     _, lines = stage_output(prepared(tmp_path / "mutant", "summary"))
     assert any(set(line) > PROGRESS_FIELDS for line in lines)
+    monkeypatch.setattr(
+        train_personal, "show_progress", lambda progress: train_shared.show_progress_and_loss(progress, BATCH)
+    )
+    spec = prepared(tmp_path / "stopped", "summary")
+    with telling(spec) as told, pytest.raises(PrivacyRefusal):
+        train_personal.body(spec)
+    assert "feddiff_trainer" not in told.exposition().decode()

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -24,13 +25,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor, nn
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import parse
 from feddiff_protocol.errors import DataInvalid, FeddiffError, Interrupted
 from feddiff_protocol.promise import promise_of, schedule_of
-from feddiff_protocol.stages import ReleaseSpec, TrainSharedSpec
+from feddiff_protocol.stages import ReleaseSpec, Stage, TrainSharedSpec
+from feddiff_protocol.telemetry import told_by
 from feddiff_trainer import released as reading
 from feddiff_trainer import shards, train_shared, training
 from feddiff_trainer.batches import Source
@@ -41,6 +44,7 @@ from feddiff_trainer.pictures import read_samples
 from feddiff_trainer.pooling import pool
 from feddiff_trainer.release import release
 from feddiff_trainer.stores import FolderStore, open_store
+from feddiff_trainer.telemetry import telling
 from feddiff_trainer.train_shared import releases_of
 from feddiff_trainer.training import BatchLoss, World
 
@@ -147,6 +151,22 @@ def result(spec: TrainSharedSpec) -> tuple[bytes, bytes]:
     data = store.get(layout.shared_denoiser(UID))
     assert outputs == {"denoiser": hashlib.sha256(data).hexdigest()}
     return data, store.get(layout.shared_samples(UID))
+
+
+def test_what_the_training_tells_is_what_it_did(tmp_path: Path) -> None:
+    """One scrape at its end: the counts are the spec's, and nothing is said of a GPU that is not there."""
+    spec = prepared(tmp_path, "summary")
+    began = time.time()
+    with telling(spec) as told:
+        train_shared.body(spec)
+    families = text_string_to_metric_families(told.exposition().decode())
+    found = {sample.name: sample.value for family in families for sample in family.samples}
+    assert found["feddiff_trainer_steps_total"] == STEPS and found["feddiff_trainer_images_total"] == STEPS * BATCH
+    assert found["feddiff_trainer_progress_ratio"] == found["feddiff_stage_progress_ratio"] == 1
+    assert began <= found["feddiff_trainer_checkpoint_timestamp_seconds"] <= time.time()
+    assert found["feddiff_trainer_loss"] > 0 and found["feddiff_trainer_data_wait_seconds_total"] > 0
+    assert "feddiff_trainer_gpu_memory_bytes" not in found or torch.cuda.is_available()
+    assert found.keys() <= {metric.name for metric in told_by(Stage.TRAIN_SHARED)}
 
 
 def watch_losses(monkeypatch: pytest.MonkeyPatch, act: Callable[[float, float], None]) -> None:

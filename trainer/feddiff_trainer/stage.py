@@ -28,6 +28,7 @@ from feddiff_protocol.errors import FeddiffError, InputMissing, Interrupted, Spe
 from feddiff_protocol.stages import Receipt, Stage, StageSpec
 
 from .stores import UNWRITABLE
+from .telemetry import progressed, telling
 
 S = TypeVar("S", bound=StageSpec)
 
@@ -56,7 +57,8 @@ def _run(spec_type: type[S], body: Callable[[S], Mapping[str, str]]) -> int:
             started = time.monotonic()
             spec = read_spec(spec_type, sys.argv)
             _progress.begin(_stage_of(spec))
-            outputs = body(spec)
+            with telling(spec):
+                outputs = body(spec)
             if _is_first_rank():
                 _hand_over(_receipt(spec, outputs, round(1000 * (time.monotonic() - started))))
             return 0
@@ -188,7 +190,9 @@ def _replace(path: Path, text: str) -> None:
 
 def report_progress(done: int, total: int, unit: str, **public: Any) -> None:
     """A line {"event": "progress", "stage", "done", "total", "unit", …} on stderr, at most two a second; the first
-    and the last one always; outside of run_stage nothing is written. Nothing in it may depend on the records."""
+    and the last one always; outside of run_stage nothing is written. Nothing in it may depend on the records.
+    The same number, without `public`, is what the stage's pod tells of its progress."""
+    progressed(done, total)
     _progress.report(done, total, unit, public)
 
 

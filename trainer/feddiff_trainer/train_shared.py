@@ -3,6 +3,7 @@
 import hashlib
 import math
 import sys
+import time
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from feddiff_protocol import layout
 from feddiff_protocol.api import ImageSpec, Mechanism, NetworkSpec, Timeline
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainSharedSpec
+from feddiff_protocol.telemetry import CHECKPOINT, DATA_WAIT, GPU_MEMORY, IMAGES, LOSS, PROGRESS, STEPS
 
 from .batches import Source, loss_of, noised_images, pool_draws, records
 from .checkpoints import Checkpoints
@@ -23,6 +25,7 @@ from .pooling import OwnerSummary, pool
 from .released import GaussianRelease, Terms, read_releases
 from .stage import report_progress, run_stage
 from .stores import Store, open_store
+from .telemetry import tell, time_told
 from .training import BatchLoss, Progress, World, distributed, train
 
 Releases = list[GaussianRelease | OwnerSummary]
@@ -35,7 +38,9 @@ REPORTED_PER_CLASS = 10
 def body(spec: TrainSharedSpec) -> dict[str, str]:
     store = open_store(spec.federation_store, "federation")
     with distributed() as world:
-        releases = releases_of(spec, store, spec.num_classes, world)
+        with time_told(DATA_WAIT):
+            releases = releases_of(spec, store, spec.num_classes, world)
+        tell_gpu_memory(world.device)
         checkpoints = Checkpoints(store, layout.shared_checkpoints(spec.job.uid))
         denoiser = shared_denoiser(spec, releases, world, checkpoints)
         if world.rank != 0:
@@ -63,7 +68,8 @@ def shared_denoiser(
         learning_rate=float(spec.shared.learning_rate),
         ema_width=EMA_WIDTH,
         seed=0,
-        on_progress=show_progress_and_loss,
+        on_progress=lambda progress: show_progress_and_loss(progress, spec.shared.batch),
+        on_checkpoint=lambda: tell(CHECKPOINT, time.time()),
         checkpoints=checkpoints,
     )
 
@@ -149,8 +155,12 @@ def image_shape(image: ImageSpec) -> tuple[int, int, int]:
     return image.channels, image.height, image.width
 
 
-def show_progress_and_loss(progress: Progress) -> None:
+def show_progress_and_loss(progress: Progress, batch: int) -> None:
     """The shared denoiser sees released data only, so its loss may be shown."""
+    tell(STEPS, math.ceil(progress.images / batch))
+    tell(IMAGES, progress.images)
+    tell(LOSS, progress.loss)
+    tell(PROGRESS, progress.images / progress.num_images)
     report_progress(
         progress.images,
         progress.num_images,
@@ -158,6 +168,11 @@ def show_progress_and_loss(progress: Progress) -> None:
         loss=round(progress.loss, 5),
         images_per_second=round(progress.images_per_second, 1),
     )
+
+
+def tell_gpu_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        tell(GPU_MEMORY, lambda: float(torch.cuda.memory_reserved(device)))
 
 
 if __name__ == "__main__":

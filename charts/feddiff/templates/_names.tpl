@@ -50,3 +50,8 @@ capabilities: {drop: [ALL]}
 {{- define "feddiff.namespaces" -}}
 {{ concat .Values.jobNamespaces .Values.ownerNamespaces | uniq | sortAlpha | toJson }}
 {{- end }}
+
+{{/* The alerts of alerts.yaml, which speaks of the usual namespace. */}}
+{{- define "feddiff.alerts" -}}
+{{ .Files.Get "alerts.yaml" | replace "--namespace feddiff-system" (printf "--namespace %s" .Release.Namespace) }}
+{{- end }}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import typer
 
-from feddiff import cluster_budgets, cluster_jobs
+from feddiff import cluster_budgets, cluster_jobs, store_checks
 from feddiff import main as command
 from feddiff.documents import LocalJob, load_documents, load_job
 from feddiff.local_ledger import LocalLedger, read_ledger
@@ -25,9 +25,11 @@ from feddiff.run_folder import RunFolder
 from feddiff.scaffold import job_text, write_scaffold
 from feddiff.views import ledger_document, run_document
 from feddiff_protocol import errors, ledger_objects
+from feddiff_protocol.access import Role
 from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, FeddiffError
 from feddiff_protocol.plan import Observed, plan
 from feddiff_trainer.check import CheckSpec, check
+from feddiff_trainer.store_probes import failed
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -202,6 +204,34 @@ def test_check_keys_are_on_the_page(tmp_path: Path) -> None:
     )
     said = {"notice": "", "datasets": {job.first_dataset.key: answer}}
     assert missing_keys("check", said, CLI, frozenset({"datasets", "normQuantiles", "tensors"})) == set()
+
+
+def test_keys_of_a_store_check_are_on_the_page() -> None:
+    finding = failed("keys", errors.InputMissing, expected="e", found="f", advice="a")
+    document = {"store": "s3://b", "role": None, "client": None, "findings": [finding.to_wire()]}
+    assert missing_keys("store check", {"stores": [document]}, CLI) == set()
+    policies = store_checks.policies_of([store_checks.store_at("s3://federation/x", Role.FEDERATION, ["a"])])
+    (policy,) = policies
+    assert missing_keys("store check", {"policies": [policy | {"awsIam": ""}]}, CLI) == set()
+    assert missing_keys("store check", {"stores": [document]}, CLI.replace("`advice`", "`hint`")) == {"advice"}
+
+
+def unexplained(text: str) -> set[str]:
+    """Questions about a store that can fail and that the table of messages leaves out."""
+    sources = (ROOT / "trainer" / "feddiff_trainer" / f"{name}.py" for name in ("bucket_check", "store_probes"))
+    asked = {
+        name
+        for each in sources
+        for name in re.findall(r'(?:failed\(\s*|check = |_public\()"([a-z ,]+)"', each.read_text())
+    }
+    assert {"endpoint", "keys", "bucket", "clock", "reach", "create if absent", "public access"} <= asked
+    return {name for name in asked if f"`✗ {name}" not in text}
+
+
+def test_every_question_about_a_store_that_can_fail_is_explained() -> None:
+    text = (DOCS / "stores.md").read_text()
+    assert unexplained(text) == set()
+    assert unexplained(text.replace("`✗ clock`", "`✗ watch`")) == {"clock"}
 
 
 # ---- exit-codes.md ---------------------------------------------------------------------------------------------

@@ -29,11 +29,13 @@ def test_every_import_contract_is_kept() -> None:
         "import feddiff.main",
         "import feddiff.main, sys; sys.argv = ['feddiff', '--help']\ntry: feddiff.main.main()\nexcept SystemExit: pass",
         "import feddiff.engine, feddiff.views, feddiff.plan_report, feddiff.owner_stages, feddiff.progress",
-        "import feddiff.on_cluster, feddiff.cluster_jobs, feddiff.cluster_budgets, feddiff.owner",
+        "import feddiff.on_cluster, feddiff.cluster_jobs, feddiff.cluster_budgets, feddiff.owner, feddiff.store_checks",
     ],
 )
-def test_the_command_line_loads_neither_torch_nor_numpy(statement: str) -> None:
-    script = f"{statement}\nimport sys; print(sorted({{'torch', 'numpy', 'feddiff_trainer'}} & set(sys.modules)))"
+def test_the_command_line_loads_neither_torch_nor_numpy_nor_boto3(statement: str) -> None:
+    script = (
+        f"{statement}\nimport sys; print(sorted({{'torch', 'numpy', 'boto3', 'feddiff_trainer'}} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

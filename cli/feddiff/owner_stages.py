@@ -47,7 +47,7 @@ def check_records(dataset: LocalDataset, job: FederatedDiffusionJob | None) -> d
     with tempfile.TemporaryDirectory(prefix="feddiff-") as folder:
         path = Path(folder) / "spec.json"
         path.write_text(json.dumps(spec))
-        answer: dict[str, Any] = json.loads(_run_module(CHECK_MODULE, path))
+        answer: dict[str, Any] = json.loads(run_module(CHECK_MODULE, path))
     return answer
 
 
@@ -69,7 +69,7 @@ def draw_samples(folder: RunFolder, client: str, images_per_class: int, out: Pat
     with tempfile.TemporaryDirectory(prefix="feddiff-") as temporary:
         path = Path(temporary) / "spec.json"
         path.write_text(json.dumps(checked.to_wire()))
-        _run_module(Stage.SAMPLE.module, path)
+        run_module(Stage.SAMPLE.module, path)
 
 
 def _finished_sample_spec(folder: RunFolder, client: str) -> SampleSpec:
@@ -85,7 +85,7 @@ def _finished_sample_spec(folder: RunFolder, client: str) -> SampleSpec:
     return parse(SampleSpec, json.loads(path.read_text()), str(path))
 
 
-def _run_module(module: str, spec: Path) -> str:
+def run_module(module: str, spec: Path) -> str:
     """stdout of one process of the trainer. Raises StageFailed with its last words and its code."""
     environment = {**os.environ, RECEIPT_VARIABLE: str(spec.with_name("receipt.json"))}
     command = [sys.executable, "-m", module, str(spec)]

@@ -5,6 +5,8 @@ Client names end in a slash wherever a prefix is matched, so that client1 never 
 
 import hashlib
 
+PROBE = "probe-"  # starts the last part of what a check of a store may leave behind when it is killed
+
 
 def release_name(job_uid: str, client: str, dataset_uid: str) -> str:
     """Name of a release and of its ledger entry: the same for every retry of one client of one job."""
@@ -39,6 +41,12 @@ def shared_samples(job_uid: str) -> str:
 
 def job_report(job_uid: str) -> str:
     return f"{job_uid}/report/job-report.html"
+
+
+def job_prefixes(job_uid: str) -> tuple[str, ...]:
+    """Below which lies all that the job's own stages make, not its clients."""
+    made = (shared_denoiser(job_uid), job_report(job_uid))
+    return tuple(f"{key.rpartition('/')[0]}/" for key in made)
 
 
 # Owner store

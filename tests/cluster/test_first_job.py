@@ -23,7 +23,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from cluster.kubernetes import PROGRAMS, RUN, CommandFailed, Node, guard
-from cluster.weed import client_of, environment_in
+from cluster.weed import ADMINISTRATOR, client_of, environment_in
 from feddiff_protocol import layout
 from feddiff_protocol.manifest import Manifest
 from feddiff_protocol.stages import Receipt, Stage
@@ -115,8 +115,8 @@ class Story:
     def s3(self, identity: str) -> Any:
         return client_of(environment_in(self.folder / f"s3/{identity}.env"))
 
-    def keys(self, identity: str, bucket: str) -> list[str]:
-        pages = self.s3(identity).get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    def keys(self, bucket: str) -> list[str]:
+        pages = self.s3(ADMINISTRATOR).get_paginator("list_objects_v2").paginate(Bucket=bucket)
         return [each["Key"] for page in pages for each in page.get("Contents", [])]
 
     def object(self, identity: str, bucket: str, key: str) -> bytes:
@@ -264,7 +264,7 @@ def test_buckets_hold_what_the_layout_names_and_nothing_else(story: Story) -> No
     assert strays(story) == []
     for owner in OWNERS:
         (release,) = (each["metadata"]["name"] for each in story.get("prl", "-n", owner))
-        assert f"feddiff/{layout.seal(release)}" in story.keys(owner, owner)
+        assert f"feddiff/{layout.seal(release)}" in story.keys(owner)
         report = story.object(owner, owner, _report_key(story, owner)).decode()
         assert report.lower().startswith("<!doctype html>") and owner in report
     report = story.object("trainer", "federation", f"jobs/{layout.job_report(story.uid)}").decode()
@@ -272,14 +272,14 @@ def test_buckets_hold_what_the_layout_names_and_nothing_else(story: Story) -> No
 
 
 def test_an_object_elsewhere_would_be_found(story: Story) -> None:
-    for identity, bucket, key in (
-        ("trainer", "federation", f"jobs/{story.uid}/clients/clinic-c/shards/0"),
-        ("federation-clinic-a", "federation", "jobs/another-uid/clients/clinic-a/probe-0"),
-        ("clinic-a", "clinic-a", f"feddiff/jobs/{story.uid}/clinic-b/samples.safetensors"),
+    for bucket, key in (
+        ("federation", f"jobs/{story.uid}/clients/clinic-c/shards/0"),
+        ("federation", "jobs/another-uid/clients/clinic-a/probe-0"),
+        ("clinic-a", f"feddiff/jobs/{story.uid}/clinic-b/samples.safetensors"),
     ):
-        story.s3(identity).put_object(Bucket=bucket, Key=key, Body=b"-")
+        story.s3(ADMINISTRATOR).put_object(Bucket=bucket, Key=key, Body=b"-")
         assert strays(story) == [f"{bucket}/{key}"]
-        story.s3(identity).delete_object(Bucket=bucket, Key=key)
+        story.s3(ADMINISTRATOR).delete_object(Bucket=bucket, Key=key)
 
 
 def strays(story: Story) -> list[str]:
@@ -299,7 +299,7 @@ def strays(story: Story) -> list[str]:
         for each in story.get("prl", "--all-namespaces")
     )
     known = (*released, *made_by_the_job, *private, *sealed)
-    found = {"federation": story.keys("trainer", "federation")} | {owner: story.keys(owner, owner) for owner in OWNERS}
+    found = {bucket: story.keys(bucket) for bucket in ("federation", *OWNERS)}
     paths = [f"{bucket}/{key}" for bucket, keys in found.items() for key in keys]
     return [path for path in paths if not path.startswith(known)]
 

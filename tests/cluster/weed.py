@@ -4,12 +4,12 @@
     with Weed(folder, {"clinic-a": ["Read:clinic-a", "Write:clinic-a", "List:clinic-a"]}, ["clinic-a"]) as server:
         server.environment("clinic-a")      # AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, …
 
-An action is `Read`, `Write` or `List` of a bucket, or of a part of it: `Write:federation/jobs/*/clients/a/*`.
+An action is `Read`, `Write` or `List` of a bucket, or of a part of it: `Write:clinic-a/feddiff/*`.
 
 As a program, `weed.py FOLDER ADDRESS OWNER...`, it serves a federation until its parent ends: a bucket `federation` and
-one per owner, and in FOLDER/<identity>.env the keys of `trainer`, of each owner for its own bucket, and of
-`federation-<owner>`, who reads the whole of the federation's and writes below the owner's own prefix. FOLDER/ready says
-that it stores.
+one per owner, and in FOLDER/<identity>.env the keys of `trainer`, of each owner for its own store, of
+`federation-<owner>`, each with its least policy for s3://federation/jobs and s3://<owner>/feddiff, and of the
+`administrator`. FOLDER/ready says that it stores.
 """
 
 import contextlib
@@ -30,6 +30,9 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from feddiff_protocol.access import Role, least_access, seaweedfs_actions
+
+FEDERATION = "s3://federation/jobs"
 ADMINISTRATOR = "administrator"
 READY_SECONDS = 60
 
@@ -156,16 +159,11 @@ def _die_with_parent() -> None:
 
 
 def federation_of(owners: Iterable[str]) -> dict[str, list[str]]:
-    """What each identity of a federation may do; clients are called as their owners."""
-    everything = ("Read", "Write", "List")
-    may = {"trainer": [f"{action}:federation" for action in everything]}
+    """The least that each identity of a federation needs; clients are called as their owners."""
+    may = {"trainer": seaweedfs_actions(least_access(Role.TRAINER), FEDERATION)}
     for owner in owners:
-        may[owner] = [f"{action}:{owner}" for action in everything]
-        may[f"federation-{owner}"] = [
-            "Read:federation",
-            "List:federation",
-            f"Write:federation/jobs/*/clients/{owner}/*",
-        ]
+        may[owner] = seaweedfs_actions(least_access(Role.OWNER), f"s3://{owner}/feddiff")
+        may[f"federation-{owner}"] = seaweedfs_actions(least_access(Role.FEDERATION, owner), FEDERATION)
     return may
 
 
@@ -174,7 +172,7 @@ def main() -> None:
     folder, address, *owners = sys.argv[1:]
     may = federation_of(owners)
     with Weed(Path(folder).resolve(), may, ["federation", *owners], address) as server:
-        for identity in may:
+        for identity in (ADMINISTRATOR, *may):
             file = server.folder / f"{identity}.env"
             file.touch(0o600)
             file.write_text("".join(f"{name}={value}\n" for name, value in server.environment(identity).items()))

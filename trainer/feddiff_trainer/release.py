@@ -27,7 +27,7 @@ from .noise import Float64, Normals, os_entropy_normals
 from .records import Records, digest_records, read_source
 from .shards import Integers, encode, grid_steps, layouts
 from .stage import report_progress, run_stage
-from .stores import FAILURES, PROBE, Store, check_creates_once, open_store
+from .stores import FAILURES, Store, check_creates_once, open_store
 
 
 def body(spec: ReleaseSpec) -> dict[str, str]:
@@ -97,7 +97,7 @@ def _largest_values(spec: ReleaseSpec, promise: Promise) -> dict[str, tuple[floa
 def _sent(federation_store: Store, spec: ReleaseSpec) -> set[str]:
     """Keys of what this client has in the federation store, apart from what a killed probe left there."""
     keys = federation_store.list(layout.client_prefix(spec.job.uid, spec.client))
-    return {key for key in keys if not key.rpartition("/")[2].startswith(PROBE)}
+    return {key for key in keys if not key.rpartition("/")[2].startswith(layout.PROBE)}
 
 
 def _refuse_if_sent(sent: set[str], federation_store: Store) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 from urllib.parse import unquote
 
+from feddiff_protocol import layout
 from feddiff_protocol.errors import (
     ConfigurationInvalid,
     DataInvalid,
@@ -31,7 +32,6 @@ T = TypeVar("T")
 KEY_LENGTH = 512
 BUCKET_RETRIES = 5  # a longer outage is for whoever starts stages: exit code 69
 PIECE_BYTES = 1 << 20
-PROBE = "probe-"  # starts the names of what check_creates_once may leave behind when it is killed
 _KEY_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # a leading dot is for files in the making
 
 # What a store's operation may end in; not all of FeddiffError, which a signal may raise anywhere.
@@ -95,13 +95,13 @@ def open_store(uri: str, whose: Literal["owner", "federation"] | None = None) ->
     if uri.startswith("file://"):
         return FolderStore(uri)
     if uri.startswith("s3://"):
-        with _settings_of(whose):
+        with settings_of(whose):
             return BucketStore(uri)
     raise ConfigurationInvalid(f"store {uri}: expected file:///folder or s3://bucket/prefix; correct the address")
 
 
 @contextmanager
-def _settings_of(whose: str | None) -> Iterator[None]:
+def settings_of(whose: str | None) -> Iterator[None]:
     """AWS_… in the environment are those of `whose`, a key of its own without the session of another."""
     # In the environment, as obstore's own config refuses what it ignores there (AWS_PROFILE, AWS_ALLOW_HTTP).
     before = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
@@ -141,7 +141,7 @@ def read_hashed(store: Store, key: str, most_bytes: int) -> tuple[bytes, str]:
 def check_creates_once(store: Store, prefix: str) -> None:
     """Returns if `store` honours create-if-absent below `prefix`. Raises PrivacyRefusal if it does not: then two
     attempts could both believe that theirs is the release."""
-    key = f"{prefix}{PROBE}{secrets.token_hex(16)}"
+    key = f"{prefix}{layout.PROBE}{secrets.token_hex(16)}"
     try:
         answers = store.create(key, b"first"), store.create(key, b"second"), store.get(key)
     finally:

@@ -24,9 +24,9 @@ class Careless(Cluster):
 async def admitted(book: ClusterLedger, document: dict[str, Any]) -> str | None:
     """The job's uid, which is its name here, once it is charged."""
     job, uid = FederatedDiffusionJob.model_validate(document), document["metadata"]["name"]
-    if await book.reserve(job, uid, "c") is not None:
-        return None
     try:
+        if await book.reserve(job, uid, "c") is not None:
+            return None
         await book.charge(job, uid, "c")
     except PrivacyRefusal:  # the careless one comes here
         return None

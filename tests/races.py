@@ -179,7 +179,6 @@ class OperatorRaces:
 
     def __init__(self, cluster: Cluster, races: Sequence[Race], operators: Sequence[Replica]) -> None:
         self.cluster, self.races, self.operators = cluster, races, operators
-        self.num_deposed = 0
 
     async def offer(self) -> None:
         """The datasets are there, and every job, the first ones of all races first."""
@@ -198,18 +197,30 @@ class OperatorRaces:
 
     async def depose(self) -> None:
         """The leader is frozen while it admits, until another one has taken its Lease and gone on; then it wakes."""
-        await self.until(lambda: self._admitted_since([]), "an admission")
-        (old,) = await self._leaders()
+        old = await self._admitting_leader()
         old.process.send_signal(signal.SIGSTOP)
-        before = await self._accounts()
+        before = await self._ledgers()
 
         async def taken_over() -> bool:
             return old not in await self._leaders()
 
+        async def gone_on() -> bool:
+            return await self._ledgers() != before or all(each.complete for each in await self._books())
+
         await self.until(taken_over, "another leader")
-        await self.until(lambda: self._admitted_since(before), "an admission by another leader")
+        await self.until(gone_on, "a change by another leader")
         old.process.send_signal(signal.SIGCONT)
-        self.num_deposed += 1
+
+    async def _admitting_leader(self) -> Replica:
+        leaders: list[Replica] = []
+
+        async def one_admits() -> bool:
+            nonlocal leaders
+            leaders = await self._leaders()
+            return len(leaders) == 1 and any(entries for _, entries in await self._ledgers())
+
+        await self.until(one_admits, "a leader that admits")
+        return leaders[0]
 
     async def fault(self) -> str:
         """What is wrong with any of the ledgers as soon as something is; nothing once all races have ended well."""
@@ -217,7 +228,7 @@ class OperatorRaces:
 
         async def over() -> bool:
             nonlocal found
-            books = await books_of(self.cluster, self.races)
+            books = await self._books()
             found = next((each.fault for each in books if each.fault), "")
             return bool(found) or (all(each.complete for each in books) and await self._as_the_books_say(books))
 
@@ -246,14 +257,12 @@ class OperatorRaces:
         holders = [((each or {}).get("spec") or {}).get("holderIdentity") for each in held]
         return [each for each, holder in zip(self.operators, holders, strict=True) if holder in each.identities]
 
-    async def _accounts(self) -> list[Object]:
-        clinics = sorted({race.clinic for race in self.races})
-        datasets = [each for clinic in clinics for each in await self.cluster.list(PDS, clinic)]
-        accounts = [(each.get("status") or {}).get("account") or {} for each in datasets]
-        return [each for each in accounts if each.get("pending") or each.get("numEntries")]
+    async def _books(self) -> list[Books]:
+        return await books_of(self.cluster, self.races)
 
-    async def _admitted_since(self, before: list[Object]) -> bool:
-        return await self._accounts() != before
+    async def _ledgers(self) -> list[tuple[Object, tuple[Entry, ...]]]:
+        """Every account, and its entries."""
+        return [((each.dataset.get("status") or {}).get("account") or {}, each.entries) for each in await self._books()]
 
 
 def _ended_as(job: Object, wins: bool) -> bool:
@@ -306,7 +315,9 @@ async def racers(plane: ControlPlane, careless: bool) -> AsyncIterator[list[asyn
 async def _answer(racer: asyncio.subprocess.Process) -> Any:
     assert racer.stdout is not None
     async with asyncio.timeout(PATIENCE_SECONDS):
-        return json.loads(await racer.stdout.readline())
+        line = await racer.stdout.readline()
+    assert line, "a racer has ended"
+    return json.loads(line)
 
 
 async def race_ledgers(plane: ControlPlane, num_races: int, *, careless: bool = False) -> str:

@@ -41,7 +41,7 @@ from feddiff_operator.cluster import FDJ, JOB, Cluster
 NUM_CLINICS, FEWEST_CLIENTS = 10, 2
 STAGES = ("release", "train-shared", "sample", "evaluate")  # where a quarter of the jobs each waits
 PHASES = {"release": "Releasing", "train-shared": "Training", "sample": "Sampling", "evaluate": "Evaluating"}
-HURRY = ("--workers=32", "--api-qps=5000", "--api-burst=5000", "--lease-seconds=5")
+HURRY = ("--workers=32", "--api-qps=5000", "--api-burst=5000")
 WRITES = ("create", "update", "patch", "delete")
 REST_SECONDS = 5.0
 

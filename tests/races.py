@@ -152,7 +152,7 @@ def replicas(
     command = [sys.executable, *program, "--trainer-image=trainer:test", "--port=0", f"--namespace={research}"]
     command += [f"--namespace={clinic}" for clinic in sorted({race.clinic for race in races})]
     command += [f"--lease-namespace={research}", f"--lease-seconds={LONG_LEASE_SECONDS if all_lead else LEASE_SECONDS}"]
-    command += ["--workers=32", "--api-qps=5000", "--api-burst=5000"]
+    command += ["--api-qps=5000", "--api-burst=5000"]  # more workers than 8 would keep a busy leader from its Lease
     leases = ["operator-0", "operator-1" if all_lead else "operator-0"]
     with contextlib.ExitStack() as stack:
         yield [

@@ -1,14 +1,15 @@
 """How soon an operator under load reserves and starts: one JSON row.
 
     python benchmarks/operator_load.py [--jobs 200] [--clients 10] [--rate 2]
+    python benchmarks/operator_load.py --jobs 1 --clients 1000 --until released --api-qps 400
 
-A real etcd, API server and controller-manager, the operator's own process with its default settings, and a kubelet that
-answers at once for every pod. So many jobs a second are created, each of as many clients, each client with a namespace
-and a budget for everything; the run ends when all jobs have. Seconds are counted from a job's creation: to the status
-in which BudgetReserved is True, as a watch brings it, and to the creation of its first batch Job, as the audit log
-says. All of it runs on one machine, so its cores are shared: the row says how many there are.
-
-Needs the programs of tests/cluster/build.sh.
+A real etcd, API server and controller-manager, the operator's own process with its default settings (but for
+--api-qps), and a kubelet that answers at once for every pod. So many jobs a second are created, each of as many
+clients, each client with a namespace and a budget for everything. The run ends when all jobs have, or with `--until
+released` when every release of every job has been started; then no pod runs. Seconds are counted from a job's creation:
+to the status in which BudgetReserved is True, as a watch brings it; to the creation of its first batch Job, and of its
+last release's, as the audit log says. Requests to the API server are counted by the same log, the election and the
+watches left out. All of it runs on one machine, so its cores are shared: the row says how many there are.
 """
 
 import argparse
@@ -16,31 +17,31 @@ import asyncio
 import contextlib
 import http.client
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from datetime import datetime
-from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import batch_objects
+from control_plane import (
+    Object,
+    Operator,
+    connection,
+    control_plane,
+    events_of,
+    job,
+    moment,
+    namespaces,
+    operator,
+    print_row,
+    requests_of,
+    with_datasets,
+)
+
 from cluster.kubelet import Kubelet
 from cluster.kubernetes import ControlPlane
-from feddiff_operator.cluster import FDJ, PDS, Cluster
+from feddiff_operator.cluster import FDJ, JOB, Cluster
 from feddiff_operator.workloads import child_name
 from feddiff_protocol.stages import Stage
-
-Object = dict[str, Any]
-ROOT = Path(__file__).parents[1]
-USER = "operator"
 
 
 class Seen:
@@ -74,42 +75,6 @@ class Seen:
         return sum(phase in ("Complete", "Failed") for phase in self.phases.values())
 
 
-def dataset(namespace: str, research: str) -> Object:
-    spec = batch_objects.dataset(
-        budget={"epsilon": "100000", "delta": "1e-3"}, access=[{"namespace": research}], image=IMAGE
-    ).spec
-    return document("PrivateDataset", namespace, "scans", spec)
-
-
-def job(number: int, namespace: str, clinics: list[str]) -> Object:
-    clients = [
-        {"name": f"c{index}", "dataset": {"namespace": each, "name": "scans"}} for index, each in enumerate(clinics)
-    ]
-    return document("FederatedDiffusionJob", namespace, f"job-{number}", batch_objects.job(clients).spec)
-
-
-IMAGE = {"channels": 1, "height": 8, "width": 8}
-
-
-def document(kind: str, namespace: str, name: str, spec: Any) -> Object:
-    dumped = spec.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    metadata = {"namespace": namespace, "name": name}
-    return {"apiVersion": "feddiff.dev/v1alpha1", "kind": kind, "metadata": metadata, "spec": dumped}
-
-
-@contextlib.contextmanager
-def operator(plane: ControlPlane, research: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "feddiff_operator", "--trainer-image=trainer:load", "--port=0"]
-    environment = {**os.environ, "KUBECONFIG": str(plane.user(USER, ["system:masters"]))}
-    with (folder / "operator.log").open("wb") as log:
-        process = subprocess.Popen([*command, f"--lease-namespace={research}"], env=environment, stderr=log)
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
-
-
 async def offer(cluster: Cluster, jobs: list[Object], rate: float) -> dict[str, str]:
     """Every job's name by its uid, once all are created, `rate` a second."""
     names: dict[str, str] = {}
@@ -120,93 +85,74 @@ async def offer(cluster: Cluster, jobs: list[Object], rate: float) -> dict[str, 
     return names
 
 
-async def measure(plane: ControlPlane, arguments: argparse.Namespace, folder: Path) -> Object:
-    research = plane.namespace("research")
-    clinics = [plane.namespace("clinic") for _ in range(arguments.clients)]
-    while plane.request("GET", FDJ.path(research))[0] != 200:  # the API server takes a moment to learn of a kind
-        await asyncio.sleep(0.1)
-    seen = Seen(plane, research)
-    async with await Cluster.from_kubeconfig(str(plane.kubeconfig), 1000, 1000) as cluster:
-        for each in clinics:
-            await cluster.create(PDS, dataset(each, research))
-        kubelet = asyncio.create_task(Kubelet(cluster).run())
-        with operator(plane, research, folder) as process:
-            await leading(folder)
+async def measure(plane: ControlPlane, arguments: argparse.Namespace) -> Object:
+    released = arguments.until == "released"
+    async with connection(plane) as cluster:
+        (research,), clinics = (
+            await namespaces(cluster, "research", 1),
+            await namespaces(cluster, "clinic", arguments.clients),
+        )
+        await with_datasets(cluster, clinics, research)
+        seen = Seen(plane, research)
+        kubelet = asyncio.create_task(asyncio.Event().wait() if released else Kubelet(cluster).run())
+        flags = [f"--api-qps={arguments.api_qps:g}", f"--api-burst={2 * arguments.api_qps:.0f}"]
+        with operator(plane, research, *flags) as process:
+            await process.leading()
             began = time.monotonic()
-            jobs = [job(number, research, clinics) for number in range(arguments.jobs)]
-            names = await offer(cluster, jobs, arguments.rate)
-            while seen.num_ended < len(jobs):
-                assert process.poll() is None, (folder / "operator.log").read_text()[-2000:]
+            names = await offer(
+                cluster, [job(each, research, clinics) for each in range(arguments.jobs)], arguments.rate
+            )
+            while not (await all_released(cluster, names, clinics) if released else seen.num_ended == len(names)):
+                process.check()
                 assert not kubelet.done(), kubelet.exception()
                 assert seen.thread.is_alive(), "the watch has ended"
                 await asyncio.sleep(0.2)
             seconds = time.monotonic() - began
-            memory = largest_rss(process.pid)
+            memory = process.rss()
         kubelet.cancel()
-    return {**latencies(plane.audit_log, seen, names, arguments.clients), **memory} | {
-        "phases": Counter(seen.phases.values()),
-        "seconds": round(seconds, 1),
-    }
+    phases = {"phases": Counter(seen.phases.values()), "seconds": round(seconds, 1)}
+    return {**latencies(events_of(plane), seen, names, process, arguments.clients), **memory, **phases}
 
 
-async def leading(folder: Path) -> None:
-    while '"leading"' not in (folder / "operator.log").read_text():
-        await asyncio.sleep(0.1)
+async def all_released(cluster: Cluster, names: dict[str, str], clinics: list[str]) -> bool:
+    """Whether every release has a batch Job. They are started one after the other, so the last ones are asked for."""
+    lasts = [child_name(uid, Stage.RELEASE, f"c{len(clinics) - 1}", 1) for uid in names]
+    if not all([await cluster.get(JOB, clinics[-1], last) for last in lasts]):
+        return False
+    jobs = await cluster.list(JOB, None, "feddiff.dev/stage=release")
+    return len(jobs) == len(names) * len(clinics)
 
 
-def largest_rss(pid: int) -> Object:
-    (line,) = [each for each in Path(f"/proc/{pid}/status").read_text().splitlines() if each.startswith("VmHWM")]
-    return {"operator_rss_mb": round(int(line.split()[1]) / 1024, 1)}
-
-
-def latencies(audit_log: Path, seen: Seen, names: dict[str, str], num_clients: int) -> Object:
-    events = [json.loads(line) for line in audit_log.read_text().splitlines()]
-    created, calls = dict[tuple[str, str], float](), Counter[str]()
+def latencies(events: list[Object], seen: Seen, names: dict[str, str], process: Operator, num_clients: int) -> Object:
+    created = dict[tuple[str, str], float]()
     for event in events:
-        about = event.get("objectRef") or {}
-        if "resource" not in about:
-            continue  # the version, the discovery
+        about = event["objectRef"]
         if event["verb"] == "create" and event["responseStatus"]["code"] == 201 and "dryRun" not in event["requestURI"]:
             created.setdefault((about["resource"], about.get("name", "")), moment(event))
-        if event["user"]["username"] == USER and event["verb"] != "watch" and about["resource"] != "leases":
-            calls[f"{event['verb']} {'/'.join(filter(None, (about['resource'], about.get('subresource'))))}"] += 1
-    reserved, started = [], []
+    reserved, first, last = [], [], []
     for uid, name in names.items():
         offered = created["federateddiffusionjobs", name]
-        firsts = [child_name(uid, Stage.RELEASE, f"c{index}", 1) for index in range(num_clients)]
-        begun = [created["jobs", each] for each in firsts if ("jobs", each) in created]
-        started += [min(begun) - offered] if begun else []
+        children = [child_name(uid, Stage.RELEASE, f"c{index}", 1) for index in range(num_clients)]
+        begun = [created["jobs", each] for each in children if ("jobs", each) in created]
+        first += [min(begun) - offered] if begun else []
+        last += [max(begun) - offered] if len(begun) == num_clients else []
         reserved += [seen.reserved[uid] - offered] if uid in seen.reserved else []
-    per_job = {what: round(number / len(names), 2) for what, number in calls.most_common()}
+    requests = requests_of(events, process.user)
     return {
         **quantiles("reserved", reserved),
-        **quantiles("first_job", started),
-        "api_calls_per_job": round(calls.total() / len(names), 1),
-        "api_calls": per_job,
+        **quantiles("first_job", first),
+        **quantiles("last_release", last),
+        "api_calls_per_job": round(requests.total() / len(names), 1),
+        "api_calls": {what: round(number / len(names), 2) for what, number in requests.most_common()},
     }
-
-
-def moment(event: Object) -> float:
-    return datetime.fromisoformat(event["stageTimestamp"]).timestamp()
 
 
 def quantiles(name: str, seconds: list[float]) -> Object:
-    if len(seconds) < 2:
+    """Median and 99th percentile; of a single job its own."""
+    if not seconds:
         return {f"{name}_p50_s": None, f"{name}_p99_s": None}
-    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
-    return {f"{name}_p50_s": round(cuts[49], 3), f"{name}_p99_s": round(cuts[98], 3)}
-
-
-def commit_name() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return "CPU"
+    cuts = statistics.quantiles(seconds * 2, n=100, method="inclusive")
+    return {f"{name}_p50_s": round(statistics.median(seconds), 3), f"{name}_p99_s": round(cuts[98], 3)}
 
 
 def main() -> None:
@@ -214,13 +160,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--rate", type=float, default=2.0, help="jobs created per second")
+    parser.add_argument("--until", choices=["ended", "released"], default="ended")
+    parser.add_argument("--api-qps", type=float, default=50.0, help="the operator's, its default unless said otherwise")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, ControlPlane(Path(name) / "kubernetes") as plane:
-        plane.kubectl("apply", "-f", ROOT / "crds")
-        plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", ROOT / "crds")
-        row = asyncio.run(measure(plane, arguments, Path(name)))
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "commit": commit_name()}
-    print(json.dumps({**vars(arguments), **row, **machine}))
+    with control_plane() as plane:
+        print_row(plane, benchmark="operator_load", **vars(arguments), **asyncio.run(measure(plane, arguments)))
 
 
 if __name__ == "__main__":

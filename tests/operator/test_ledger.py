@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache
-from math import sqrt
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from feddiff_operator import ledger as operator_ledger
 from feddiff_operator.cluster import FDJ, PDS, PRL, Cluster, Unavailable
 from feddiff_operator.ledger import ClusterLedger
 from feddiff_protocol import ledger, ledger_objects
-from feddiff_protocol.accountant import budget_mu_squared, charge_mu_squared, epsilon_of, total_charge
+from feddiff_protocol.accountant import budget_mu_squared, total_charge
 from feddiff_protocol.api import FederatedDiffusionJob
 from feddiff_protocol.errors import PrivacyRefusal
 from feddiff_protocol.ledger import Entry, Phase
@@ -634,7 +633,6 @@ def test_without_the_version_in_a_write_the_same_races_overspend() -> None:
 # ---- A real API server -------------------------------------------------------------------------------------------
 
 JOB_EPSILON = "1"
-HOLDS_SEVEN = f"{epsilon_of(sqrt(7.5 * float(charge_mu_squared(JOB_EPSILON, DELTA))), float(DELTA)):.6f}"
 
 
 @asynccontextmanager
@@ -660,33 +658,6 @@ async def books_of(cluster: Cluster, namespace: str, name: str = DATASET) -> tup
     assert account is not None
     releases = [each for each in await cluster.list(PRL, namespace) if each["spec"]["dataset"]["name"] == name]
     return account, [entry_of(each) for each in releases]
-
-
-async def hundred_race_for_seven(first: Cluster, second: Cluster, namespace: str) -> None:
-    document = dataset_object(HOLDS_SEVEN)
-    await first.create(PDS, {**document, "metadata": {**document["metadata"], "namespace": namespace}})
-    books = [ClusterLedger(first, clock), ClusterLedger(second, clock)]
-    racers = [(books[index % 2], job_with(namespace, f"job-{index}"), f"uid-of-job-{index}") for index in range(100)]
-    answers = await asyncio.gather(*(book.reserve(job, uid, "c0") for book, job, uid in racers))
-    admitted = [racer for racer, answer in zip(racers, answers, strict=True) if answer is None]
-    assert len(admitted) == 7
-    assert all(f"of {HOLDS_SEVEN}" in answer.message for answer in answers if answer)
-    await asyncio.gather(*(book.charge(job, uid, "c0") for book, job, uid in admitted))
-    account, entries = await books_of(first, namespace)
-    assert [entry.phase for entry in entries] == [Phase.CHARGED] * 7
-    assert (account.num_entries, account.pending) == (7, ()) and ledger.inconsistency(account, entries) is None
-
-
-NUM_HUNDREDS = 5
-
-
-def test_hundred_jobs_of_two_operators_race_for_seven_places(control_plane: ControlPlane) -> None:
-    async def races() -> None:
-        async with operators(control_plane, 2) as (first, second):
-            for _ in range(NUM_HUNDREDS):
-                await hundred_race_for_seven(first, second, control_plane.namespace("clinic"))
-
-    asyncio.run(races())
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the call", "after it took effect"])

@@ -167,6 +167,8 @@ def test_kubectl_explains_every_field_of_a_status() -> None:
     assert undescribed(status, schema) == []
     assert set(status) == set(schema["properties"]), "and it explains no field that nobody writes"
     assert undescribed({**status, "stages": [{"stage": "release", "lost": 1}]}, schema) == ["status.stages[].lost"]
+
+
 # ---- progress and ETA --------------------------------------------------------------------------------------------
 
 SHARED = (Stage.TRAIN_SHARED, "")

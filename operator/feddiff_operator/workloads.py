@@ -291,18 +291,10 @@ def _container(attempt: _Attempt) -> Manifest:
 
 
 def _command(attempt: _Attempt) -> list[str]:
-    stage = ["-m", attempt.spec.stage.module, f"{SPEC_FOLDER}/{SPEC_FILE}"]
+    module, spec = attempt.spec.stage.module, f"{SPEC_FOLDER}/{SPEC_FILE}"
     if attempt.num_processes == 1:
-        return ["python", *stage]
-    # torchrun ends with 1 whatever its ranks end with, so it is used only where a pod has several of them.
-    launch = [
-        f"--nnodes={attempt.num_pods}",
-        f"--nproc-per-node={attempt.num_processes}",
-        "--node-rank=$(NODE_RANK)",
-        "--master-addr=$(MASTER_ADDR)",
-        "--master-port=$(MASTER_PORT)",
-    ]
-    return ["python", "-m", "torch.distributed.run", *launch, *stage]
+        return ["python", "-m", module, spec]
+    return ["python", "-m", "feddiff_trainer.ranks", str(attempt.num_processes), module, spec]
 
 
 def _environment(attempt: _Attempt) -> list[Manifest]:
@@ -313,11 +305,11 @@ def _environment(attempt: _Attempt) -> list[Manifest]:
     address = f"{attempt.name}-0.{attempt.name}" if several_pods else "127.0.0.1"
     index = {"fieldRef": {"fieldPath": f"metadata.annotations['{COMPLETION_INDEX}']"}}
     one_each = attempt.num_processes == 1
-    ranks = [_variable("WORLD_SIZE", str(attempt.num_pods)), _variable("LOCAL_RANK", "0")] if one_each else []
     return [
         *home,
         {"name": "RANK" if one_each else "NODE_RANK", "valueFrom": index},
-        *ranks,
+        *([_variable("LOCAL_RANK", "0")] if one_each else []),
+        _variable("WORLD_SIZE", str(attempt.num_pods * attempt.num_processes)),
         _variable("MASTER_ADDR", address),
         _variable("MASTER_PORT", str(MASTER_PORT)),
     ]

@@ -164,12 +164,14 @@ def test_ranks_find_each_other() -> None:
     assert container(Stage.TRAIN_SHARED)["command"][:3] == ["python", "-m", "feddiff_trainer.train_shared"]
 
 
-def test_several_processes_of_a_pod_are_started_by_torchrun() -> None:
+def test_several_processes_of_a_pod_are_started_by_one_that_says_what_they_said() -> None:
     asked = job(shared={"replicas": 2, "processesPerReplica": 4})
     command = container(Stage.TRAIN_SHARED, asked=asked)["command"]
-    assert command[:3] == ["python", "-m", "torch.distributed.run"]
-    assert {"--nnodes=2", "--nproc-per-node=4", "--node-rank=$(NODE_RANK)"} <= set(command)
-    assert "WORLD_SIZE" not in environment(Stage.TRAIN_SHARED, asked=asked)
+    assert command[:4] == ["python", "-m", "feddiff_trainer.ranks", "4"]
+    assert command[4:] == ["feddiff_trainer.train_shared", "/etc/feddiff/spec.json"]
+    seen = environment(Stage.TRAIN_SHARED, asked=asked)
+    assert seen["WORLD_SIZE"] == "8" and "RANK" not in seen and "LOCAL_RANK" not in seen
+    assert "job-completion-index" in seen["NODE_RANK"]["fieldRef"]["fieldPath"]
 
 
 @pytest.mark.parametrize("shared", [{"replicas": 1, "batch": 2}, {"denoiser": "closedForm"}])

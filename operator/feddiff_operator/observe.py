@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -26,11 +26,31 @@ from feddiff_protocol.promise import check_datasets
 from feddiff_protocol.stages import RECEIPT_BYTES, Receipt, Stage
 
 from . import workloads
+from .batch import (
+    annotations_of,
+    condition_of,
+    container_state_of,
+    deletion_of,
+    ending_of,
+    exit_code_of,
+    is_finished,
+    is_first,
+    is_out_of_memory,
+    is_suspended,
+    is_terminated,
+    job_name_of,
+    key_of,
+    labels_of,
+    name_of,
+    phase_of,
+    pods_of,
+    running_since,
+    time_of,
+    was_deleted_first,
+)
 from .workloads import (
     ATTEMPT,
     CLIENT,
-    COMPLETION_INDEX,
-    CONTAINER,
     JOB_UID,
     QUEUE_NAME,
     STAGE,
@@ -82,14 +102,14 @@ def children_of(job: FederatedDiffusionJob, uid: str, jobs: Iterable[Object]) ->
 
 
 def _is_attempt(child: Object, uid: str, namespaces: Mapping[str, str]) -> bool:
-    labels = _labels(child)
+    labels = labels_of(child)
     stage, client, attempt = labels.get(STAGE, ""), labels.get(CLIENT, ""), labels.get(ATTEMPT, "")
     if stage not in set(Stage) or client not in namespaces or not re.fullmatch("[1-9][0-9]{0,8}", attempt):
         return False
     whole_job = stage in (Stage.TRAIN_SHARED, Stage.REPORT)
     if labels.get(JOB_UID) != uid or whole_job != (client == ""):
         return False
-    place = child["metadata"].get("namespace"), _name(child)
+    place = child["metadata"].get("namespace"), name_of(child)
     return place == (namespaces[client], child_name(uid, Stage(stage), client, int(attempt)))
 
 
@@ -117,10 +137,10 @@ def record_of(job: Object, pods: Iterable[Object]) -> dict[str, str] | None:
 
     A Job that its queue suspended says nothing: its pods were taken away and come again.
     """
-    written = _annotations(job)
+    written = annotations_of(job)
     if RECEIPT in written:
         return None
-    record = _said(job, _pods_of(job, pods))
+    record = _said(job, pods_of(job, pods))
     return record if any(written.get(key) != value for key, value in record.items()) else None
 
 
@@ -157,9 +177,9 @@ def deadlines(job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable
     said how it ended only waits for its controller."""
     found, by_job = [], pods_by_job(pods)
     for each in jobs:
-        own = _pods_of(each, by_job.get(_name(each), []))
-        over = is_over(each) or RECEIPT in _annotations(each) or bool(_said(each, own))
-        if not over and not _suspended(each) and (deadline := _deadline(job, each, own)) is not None:
+        own = pods_of(each, by_job.get(name_of(each), []))
+        over = is_over(each) or RECEIPT in annotations_of(each) or bool(_said(each, own))
+        if not over and not is_suspended(each) and (deadline := _deadline(job, each, own)) is not None:
             found.append(deadline)
     return found
 
@@ -178,11 +198,11 @@ def waiting(jobs: Iterable[Object], pods: Iterable[Object], now: datetime | None
     """
     said: dict[tuple[str, str], list[str]] = {}
     by_job = pods_by_job(pods)
-    for job in sorted(jobs, key=_name):
+    for job in sorted(jobs, key=name_of):
         if is_over(job):
             continue
-        if words := _hindrance(job, _pods_of(job, by_job.get(_name(job), [])), now):
-            stage, client = _key(job)
+        if words := _hindrance(job, pods_of(job, by_job.get(name_of(job), [])), now):
+            stage, client = key_of(job)
             said.setdefault((stage.value, words), []).append(client)
     return [f"{_whose(stage, clients)}: {words}" for (stage, words), clients in said.items()]
 
@@ -203,7 +223,7 @@ class _Attempt:
 
 def _attempts(jobs: Iterable[Object], pods: Iterable[Object], now: datetime) -> list[_Attempt]:
     by_job = pods_by_job(pods)
-    return [_attempt(job, _pods_of(job, by_job.get(_name(job), [])), now) for job in jobs]
+    return [_attempt(job, pods_of(job, by_job.get(name_of(job), [])), now) for job in jobs]
 
 
 def _by_stage(attempts: Iterable[_Attempt]) -> dict[StageKey, list[_Attempt]]:
@@ -214,15 +234,15 @@ def _by_stage(attempts: Iterable[_Attempt]) -> dict[StageKey, list[_Attempt]]:
 
 
 def _attempt(job: Object, pods: Sequence[Object], now: datetime) -> _Attempt:
-    number, annotations = int(_labels(job)[ATTEMPT]), _annotations(job)
+    number, annotations = int(labels_of(job)[ATTEMPT]), annotations_of(job)
     seen = _seen(job, pods, number, now)
     stopped_by_us = STOPPED in annotations and annotations[STOPPED] not in DEADLINES
     ended = seen.phase in (StagePhase.FAILED, StagePhase.STOPPED)
-    return _Attempt(_key(job), number, seen, _ended_at(job), ended and not stopped_by_us)
+    return _Attempt(key_of(job), number, seen, _ended_at(job), ended and not stopped_by_us)
 
 
 def _seen(job: Object, pods: Sequence[Object], number: int, now: datetime) -> StageObserved:
-    record = {**_annotations(job), **_said(job, pods)}
+    record = {**annotations_of(job), **_said(job, pods)}
     if RECEIPT in record:
         receipt, fault = _receipt(job, record[RECEIPT])
         if receipt is not None:
@@ -235,14 +255,14 @@ def _seen(job: Object, pods: Sequence[Object], number: int, now: datetime) -> St
 
 def _over(job: Object, pods: Sequence[Object], now: datetime) -> bool:
     """Whether nothing of the attempt runs any more, or will."""
-    live = [pod for pod in pods if not _terminated(pod) and not _zombie(pod, now)]
+    live = [pod for pod in pods if not is_terminated(pod) and not _zombie(pod, now)]
     if live:
         return False
-    if _finished(job):
+    if is_finished(job):
         return True
     zombies = any(_zombie(pod, now) for pod in pods)
     status = job.get("status", {})
-    if STOPPED in _annotations(job):
+    if STOPPED in annotations_of(job):
         gone = not status.get("active") and not status.get("terminating")
         return condition_of(job, "Suspended") is not None and (gone or zombies)
     # The Job controller waits for a pod on a lost node for as long as the node is known.
@@ -269,11 +289,11 @@ def _ended(job: Object, number: int, record: Mapping[str, str]) -> StageObserved
 def _ended_at(job: Object) -> datetime:
     """When the Job controller said so; before it did, the Job's creation, which only lets a retry come sooner."""
     moments = [
-        _time(condition["lastTransitionTime"])
+        time_of(condition["lastTransitionTime"])
         for kind in ("Complete", "Failed", "FailureTarget", "Suspended")
         if (condition := condition_of(job, kind)) is not None and condition.get("lastTransitionTime")
     ]
-    return max(moments, default=_time(job["metadata"].get("creationTimestamp", "1970-01-01T00:00:00Z")))
+    return max(moments, default=time_of(job["metadata"].get("creationTimestamp", "1970-01-01T00:00:00Z")))
 
 
 # ---- What pods say -----------------------------------------------------------------------------------------------
@@ -282,32 +302,32 @@ def _ended_at(job: Object) -> datetime:
 def _said(job: Object, pods: Sequence[Object]) -> dict[str, str]:
     """What the attempt's pods say about its end, as annotations; nothing while they say nothing, or nothing that
     counts: pods of a Job that its queue suspended were taken away and come again."""
-    speakers = [pod for pod in pods if _phase(pod) == "Succeeded" and _is_first(pod)]
+    speakers = [pod for pod in pods if phase_of(pod) == "Succeeded" and is_first(pod)]
     if speakers:
         return _receipt_record(job, speakers[0])
-    if _suspended(job) and STOPPED not in _annotations(job):
+    if is_suspended(job) and STOPPED not in annotations_of(job):
         return {}
     if lost := next((words for pod in pods if (words := _taken(pod))), ""):
         return {EXIT_CODE: LOST, MESSAGE: lost}
-    deleted = min((pod for pod in pods if _deleted_first(pod)), key=_deletion, default=None)
-    failed = [pod for pod in pods if _phase(pod) == "Failed" and _speaks_for_itself(pod, deleted)]
+    deleted = min((pod for pod in pods if was_deleted_first(pod)), key=deletion_of, default=None)
+    failed = [pod for pod in pods if phase_of(pod) == "Failed" and _speaks_for_itself(pod, deleted)]
     if failed:
         return _exit_record(job, _telling(failed))
-    if deleted is not None and _terminated(deleted):
-        return {EXIT_CODE: LOST, MESSAGE: f"pod {_name(deleted)} was deleted while it ran"}
+    if deleted is not None and is_terminated(deleted):
+        return {EXIT_CODE: LOST, MESSAGE: f"pod {name_of(deleted)} was deleted while it ran"}
     return {}
 
 
 def _speaks_for_itself(pod: Object, deleted: Object | None) -> bool:
     """Whether the pod's end is its own: not a deletion's, nor the consequence of another rank's deletion."""
-    if _exit_code(pod) in FINAL_EXIT_CODES or deleted is None:
+    if exit_code_of(pod) in FINAL_EXIT_CODES or deleted is None:
         return True
-    finished = _ending(pod).get("finishedAt")
-    return not _deleted_first(pod) and (not finished or _time(finished) <= _deletion(deleted))
+    finished = ending_of(pod).get("finishedAt")
+    return not was_deleted_first(pod) and (not finished or time_of(finished) <= deletion_of(deleted))
 
 
 def _receipt_record(job: Object, pod: Object) -> dict[str, str]:
-    receipt, fault = _receipt(job, _ending(pod).get("message", ""))
+    receipt, fault = _receipt(job, ending_of(pod).get("message", ""))
     if receipt is not None:
         return {RECEIPT: receipt.to_line()}
     return {EXIT_CODE: "0", MESSAGE: f"{fault}; {_log_command(job)}"}
@@ -320,7 +340,7 @@ def _receipt(job: Object, text: str) -> tuple[Receipt | None, str]:
     receipt = _well_formed(text)
     if receipt is None:
         return None, "receipt malformed"
-    labels = _labels(job)
+    labels = labels_of(job)
     own = (labels.get(STAGE), labels.get(JOB_UID), labels.get(CLIENT, ""), labels.get(ATTEMPT))
     if (receipt.stage.value, receipt.job_uid, receipt.client, str(receipt.attempt)) != own:
         return None, "receipt of another stage"
@@ -341,11 +361,11 @@ def _well_formed(text: str) -> Receipt | None:
 
 def _exit_record(job: Object, pod: Object) -> dict[str, str]:
     """Exit code and its meaning, never a word of the pod's own: an owner's output stays with the owner."""
-    status, code = pod.get("status", {}), _exit_code(pod)
+    status, code = pod.get("status", {}), exit_code_of(pod)
     platform = _cut(f"{status.get('reason', '')}: {status.get('message', '')}")
     if code is None:
         return {EXIT_CODE: UNKNOWN, MESSAGE: platform or f"it left no exit code; {_log_command(job)}"}
-    meaning = "OOMKilled, out of memory: raise its limit" if _out_of_memory(pod) else MEANING.get(code)
+    meaning = "OOMKilled, out of memory: raise its limit" if is_out_of_memory(pod) else MEANING.get(code)
     words = [meaning or "no code of ours", *([platform] if platform else []), _log_command(job)]
     return {EXIT_CODE: str(code), MESSAGE: "; ".join(words)}
 
@@ -354,15 +374,11 @@ def _telling(pods: Sequence[Object]) -> Object:
     """Of several ranks the one that explains: a final code first, 75 last, the earliest of equals."""
 
     def order(pod: Object) -> tuple[int, str]:
-        code = _exit_code(pod)
+        code = exit_code_of(pod)
         rank = 0 if code in FINAL_EXIT_CODES else 3 if code == INTERRUPTED else 2 if code in (137, 143) else 1
-        return min(rank, 1) if _out_of_memory(pod) else rank, _ending(pod).get("finishedAt") or ""
+        return min(rank, 1) if is_out_of_memory(pod) else rank, ending_of(pod).get("finishedAt") or ""
 
     return min(pods, key=order)
-
-
-def _out_of_memory(pod: Object) -> bool:
-    return bool(_ending(pod).get("reason") == "OOMKilled")
 
 
 def _taken(pod: Object) -> str:
@@ -373,63 +389,16 @@ def _taken(pod: Object) -> str:
     disrupted = condition_of(pod, "DisruptionTarget")
     if disrupted is not None:
         words = f"{disrupted.get('reason', '')}: {disrupted.get('message', '')}"
-        return f"pod {_name(pod)} was taken away: {_cut(words)}"
+        return f"pod {name_of(pod)} was taken away: {_cut(words)}"
     own_limit = reason == "Evicted" and "limit" in message
     if reason in ("Evicted", "Preempting", "NodeLost", "Shutdown", "NodeShutdown", "Terminated") and not own_limit:
-        return f"pod {_name(pod)} was taken away: {_cut(f'{reason}: {message}')}"
+        return f"pod {name_of(pod)} was taken away: {_cut(f'{reason}: {message}')}"
     return ""
-
-
-def _deleted_first(pod: Object) -> bool:
-    """Whether the pod was deleted before it ended: then its end says nothing about the stage."""
-    if not pod["metadata"].get("deletionTimestamp"):
-        return False
-    finished = _ending(pod).get("finishedAt")
-    return not finished or _time(finished) >= _deletion(pod)
-
-
-def _deletion(pod: Object) -> datetime:
-    """When somebody asked for the deletion; the API server notes when the grace period after it is over."""
-    metadata = pod["metadata"]
-    grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
-    return _time(metadata["deletionTimestamp"]) - grace
 
 
 def _zombie(pod: Object, now: datetime) -> bool:
     deleted = pod["metadata"].get("deletionTimestamp")
-    return bool(deleted) and not _terminated(pod) and now > _time(deleted) + timedelta(seconds=ZOMBIE_SECONDS)
-
-
-def _terminated(pod: Object) -> bool:
-    return _phase(pod) in ("Succeeded", "Failed")
-
-
-def _phase(pod: Object) -> str:
-    return str(pod.get("status", {}).get("phase", "Pending"))
-
-
-def _exit_code(pod: Object) -> int | None:
-    code = _ending(pod).get("exitCode")
-    return int(code) if code is not None else None
-
-
-def _ending(pod: Object) -> Object:
-    return _container_state(pod).get("terminated") or {}
-
-
-def _container_state(pod: Object) -> Mapping[str, Object]:
-    states = [
-        status.get("state") or {}
-        for status in pod.get("status", {}).get("containerStatuses") or []
-        if status.get("name") == CONTAINER
-    ]
-    return states[0] if states else {}
-
-
-def _is_first(pod: Object) -> bool:
-    metadata = pod["metadata"]
-    index = (metadata.get("annotations") or {}).get(COMPLETION_INDEX) or _labels(pod).get(COMPLETION_INDEX)
-    return index in (None, "0")
+    return bool(deleted) and not is_terminated(pod) and now > time_of(deleted) + timedelta(seconds=ZOMBIE_SECONDS)
 
 
 def _log_command(job: Object) -> str:
@@ -442,13 +411,13 @@ def _log_command(job: Object) -> str:
 
 def _deadline(job: FederatedDiffusionJob, child: Object, pods: Sequence[Object]) -> Deadline | None:
     """The deadline that the attempt is under now: to start, or to end."""
-    stage, _ = key = _key(child)
+    stage, _ = key = key_of(child)
     limits = job.spec.deadlines.of(stage.value)
-    since, seconds = _running_since(child, pods), limits.stage_seconds
+    since, seconds = running_since(child, pods), limits.stage_seconds
     reason, words = Reason.STAGE_DEADLINE_EXCEEDED, f"ran longer than deadlines.stageSeconds = {seconds}"
     if since is None:
         started = child.get("status", {}).get("startTime")
-        since, seconds = _time(started) if started else None, limits.start_seconds
+        since, seconds = time_of(started) if started else None, limits.start_seconds
         at = since + timedelta(seconds=seconds) if since and seconds else None
         hindrance = _hindrance(child, pods, at) or "its pods did not all run"
         reason = Reason.START_DEADLINE_EXCEEDED
@@ -460,25 +429,13 @@ def _deadline(job: FederatedDiffusionJob, child: Object, pods: Sequence[Object])
     return Deadline(metadata.get("namespace", "default"), metadata["name"], key, at, reason, words)
 
 
-def _running_since(job: Object, pods: Sequence[Object]) -> datetime | None:
-    """When the last of the attempt's pods began to run; None while one of them still waits."""
-    started = [moment for pod in pods if (moment := _started_at(pod)) is not None]
-    return max(started) if len(started) >= job["spec"].get("parallelism", 1) else None
-
-
-def _started_at(pod: Object) -> datetime | None:
-    state = _container_state(pod)
-    moment = (state.get("running") or state.get("terminated") or {}).get("startedAt")
-    return _time(moment) if moment else None
-
-
 # ---- Waiting -----------------------------------------------------------------------------------------------------
 
 
 def _hindrance(job: Object, pods: Sequence[Object], now: datetime | None) -> str:
     """Why the attempt does not run, or nothing when all of its pods do, or did not have the time yet."""
-    if _suspended(job):
-        queue = _labels(job).get(QUEUE_NAME)
+    if is_suspended(job):
+        queue = labels_of(job).get(QUEUE_NAME)
         return f"queue {queue} has not admitted it" if queue else "something other than feddiff suspended its Job"
     if not pods:
         metadata = job["metadata"]
@@ -490,16 +447,16 @@ def _hindrance(job: Object, pods: Sequence[Object], now: datetime | None) -> str
 
 def _takes_long(thing: Object, now: datetime | None) -> bool:
     created = thing["metadata"].get("creationTimestamp")
-    return now is not None and bool(created) and now > _time(created) + timedelta(seconds=PREPARATION_SECONDS)
+    return now is not None and bool(created) and now > time_of(created) + timedelta(seconds=PREPARATION_SECONDS)
 
 
 def _pod_hindrance(pod: Object, now: datetime | None) -> str:
-    if _phase(pod) != "Pending":
+    if phase_of(pod) != "Pending":
         return ""
     scheduled = condition_of(pod, "PodScheduled", status="False")
     if scheduled is not None:
         return _cut(f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}")
-    held = _container_state(pod).get("waiting") or {}
+    held = container_state_of(pod).get("waiting") or {}
     reason, message = held.get("reason", ""), held.get("message", "")
     if message:
         return _cut(f"{reason}: {message}")
@@ -576,68 +533,17 @@ def with_recorded_release(
     return {**stages, key: StageObserved(StagePhase.SUCCEEDED, attempt, receipt=receipt)}
 
 
-# ---- Reading Kubernetes' JSON ------------------------------------------------------------------------------------
-
-
-def _key(job: Object) -> StageKey:
-    return Stage(_labels(job)[STAGE]), _labels(job).get(CLIENT, "")
-
-
 def pods_by_job(pods: Iterable[Object]) -> dict[str, list[Object]]:
     """The pods under the names of their Jobs: a thousand Jobs do not each look through all pods."""
     result: dict[str, list[Object]] = {}
     for pod in pods:
-        result.setdefault(_job_name(pod), []).append(pod)
+        result.setdefault(job_name_of(pod), []).append(pod)
     return result
-
-
-def _pods_of(job: Object, pods: Iterable[Object]) -> list[Object]:
-    """Not those of an earlier Job of the same name that somebody deleted."""
-    return [
-        pod
-        for pod in pods
-        if _job_name(pod) == _name(job)
-        and _labels(pod).get("batch.kubernetes.io/controller-uid") in (None, job["metadata"].get("uid"))
-    ]
-
-
-def _job_name(pod: Object) -> str:
-    labels = _labels(pod)
-    return str(labels.get("batch.kubernetes.io/job-name") or labels.get("job-name") or "")
-
-
-def _name(thing: Object) -> str:
-    return str(thing["metadata"]["name"])
-
-
-def _labels(thing: Object) -> Mapping[str, str]:
-    return thing["metadata"].get("labels") or {}
-
-
-def _annotations(thing: Object) -> Mapping[str, str]:
-    return thing["metadata"].get("annotations") or {}
-
-
-def _suspended(job: Object) -> bool:
-    return bool(job["spec"].get("suspend"))
 
 
 def is_over(job: Object) -> bool:
     """Whether the batch Job has ended, or we have stopped it and nobody lets it go on; a pod may still be ending."""
-    return _finished(job) or (STOPPED in _annotations(job) and _suspended(job))
-
-
-def _finished(job: Object) -> bool:
-    return condition_of(job, "Complete") is not None or condition_of(job, "Failed") is not None
-
-
-def condition_of(thing: Object, kind: str, status: str = "True") -> Object | None:
-    conditions: list[Object] = (thing.get("status") or {}).get("conditions") or []
-    return next((each for each in conditions if each.get("type") == kind and each.get("status") == status), None)
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(UTC)
+    return is_finished(job) or (STOPPED in annotations_of(job) and is_suspended(job))
 
 
 def _cut(words: str) -> str:

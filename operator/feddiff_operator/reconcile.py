@@ -47,6 +47,7 @@ from feddiff_protocol.stages import (
     train_shared_spec,
 )
 
+from .batch import condition_of
 from .children import Children, Once
 from .cluster import (
     CONFIG_MAP,
@@ -71,7 +72,6 @@ from .observe import (
     Deadline,
     children_of,
     client_observed,
-    condition_of,
     deadlines,
     is_over,
     misfit,

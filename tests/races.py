@@ -34,7 +34,6 @@ HOLDS_SEVEN = f"{epsilon_of(sqrt((NUM_PLACES + 0.5) * float(CHARGE)), float(DELT
 LEASE_SECONDS = 3
 LONG_LEASE_SECONDS = 600  # of operators that all lead: nobody contests it, and a busy machine must not end it
 PATIENCE_SECONDS = 240
-CARELESS_OPERATOR = Path(__file__).parent / "careless_operator.py"
 RACER = Path(__file__).parent / "racer.py"
 
 
@@ -143,13 +142,11 @@ class Replica:
 
 
 @contextlib.contextmanager
-def replicas(
-    plane: ControlPlane, folder: Path, races: Sequence[Race], all_lead: bool, careless: bool
-) -> Iterator[list[Replica]]:
-    """Two operators with one Lease, or with one each; `careless`: they compare no versions when they write."""
+def replicas(plane: ControlPlane, folder: Path, races: Sequence[Race], all_lead: bool) -> Iterator[list[Replica]]:
+    """Two operators with one Lease, or with one each."""
     research = races[0].research
-    program = [str(CARELESS_OPERATOR)] if careless else ["-m", "feddiff_operator"]
-    command = [sys.executable, *program, "--trainer-image=trainer:test", "--port=0", f"--namespace={research}"]
+    command = [sys.executable, "-m", "feddiff_operator", "--trainer-image=trainer:test", "--port=0"]
+    command += [f"--namespace={research}"]
     command += [f"--namespace={clinic}" for clinic in sorted({race.clinic for race in races})]
     command += [f"--lease-namespace={research}", f"--lease-seconds={LONG_LEASE_SECONDS if all_lead else LEASE_SECONDS}"]
     command += ["--api-qps=5000", "--api-burst=5000"]  # more workers than 8 would keep a busy leader from its Lease
@@ -274,13 +271,11 @@ def _ended_as(job: Object, wins: bool) -> bool:
     return held and failed["status"] == "False" if wins else lost and not held
 
 
-async def race_operators(
-    plane: ControlPlane, folder: Path, num_races: int, *, all_lead: bool = False, careless: bool = False
-) -> str:
+async def race_operators(plane: ControlPlane, folder: Path, num_races: int, *, all_lead: bool = False) -> str:
     """What is wrong after so many races side by side, or nothing. Leaders are deposed twice, unless all lead."""
     research, clinic = plane.namespace("research"), plane.namespace("clinic")
     races = [Race(clinic, f"scans-{number}", research) for number in range(num_races)]
-    with replicas(plane, folder, races, all_lead, careless) as operators:
+    with replicas(plane, folder, races, all_lead) as operators:
         async with await Cluster.from_kubeconfig(str(plane.kubeconfig), 5000, 5000) as cluster:
             under_way = OperatorRaces(cluster, races, operators)
             if all_lead:

@@ -1,7 +1,7 @@
 """Objects that every rank needs: the store sends each of them once, to one rank, which hands it to the others.
 
 Every rank holds all images afterwards, not a share of them: a step draws its batch from all images on every rank and
-keeps a slice (training.py), which is why two ranks take the steps of one. docs/decisions/0008 has the alternatives.
+keeps a slice (training.py), which is why two ranks take the steps of one. docs/decisions/0010 has the alternatives.
 """
 
 from collections.abc import Callable, Iterator, Sequence

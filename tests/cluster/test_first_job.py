@@ -290,9 +290,8 @@ def strays(story: Story) -> list[str]:
         for owner in OWNERS
         for place in (f"{layout.client_prefix(uid, owner)}shards/", layout.manifest(uid, owner))
     )
-    made_by_the_job = tuple(
-        f"federation/jobs/{of(uid)}" for of in (layout.shared_denoiser, layout.shared_samples, layout.job_report)
-    )
+    kept = (layout.shared_denoiser, layout.shared_samples, layout.shared_checkpoints, layout.job_report)
+    made_by_the_job = tuple(f"federation/jobs/{of(uid)}" for of in kept)
     private = tuple(f"{owner}/feddiff/{layout.owner_prefix(uid, owner)}" for owner in OWNERS)
     sealed = tuple(
         f"{each['metadata']['namespace']}/feddiff/{layout.release_prefix(each['metadata']['name'])}"

@@ -172,7 +172,7 @@ class Evaluation(Wire):
     split_step: int
     split_sigma: float
     timeline: str | None = None
-    measured: Measured | None  # None: no hold-out was given
+    measured: Measured | None = None  # None: no hold-out was given
     arms: Mapping[str, ArmQuality]
     picture: PictureRow
 

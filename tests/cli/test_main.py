@@ -233,7 +233,7 @@ def test_sample_asks_the_trainer_with_other_numbers_and_an_output(
     world.run(world.job(), world.stages())
     asked: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(
-        owner_stages, "_run_module", lambda module, path: asked.append((module, json.loads(path.read_text())))
+        owner_stages, "run_module", lambda module, path: asked.append((module, json.loads(path.read_text())))
     )
     out = world.path / "more.npz"
     code, _, err = feddiff("sample", world.path / "run", "--client", "b", "--images-per-class", "7", "--out", out)
@@ -254,7 +254,7 @@ def test_check_is_private_and_says_so_first(feddiff: Any, world: Any, monkeypatc
         "clips": [{"field": "clipNorm", "norm": "4.25", "touched": 7}],
         "released": {"tensors": {"mean_sums": [2, 64]}, "bytes": 512},
     }
-    monkeypatch.setattr(owner_stages, "_run_module", lambda module, path: json.dumps(answer))
+    monkeypatch.setattr(owner_stages, "run_module", lambda module, path: json.dumps(answer))
     code, out, _ = feddiff("check", world.job_file())
     assert code == 0
     assert out.splitlines()[0].startswith("PRIVATE")

@@ -263,19 +263,19 @@ def test_a_status_is_replaced_only_from_the_version_that_was_read(control_plane:
 
     async def story(cluster: Cluster) -> None:
         read = await cluster.create(PDS, dataset(namespace))
-        written = await cluster.replace_status(PDS, {**read, "status": {"account": "one"}})
-        assert written["status"] == {"account": "one"}
+        written = await cluster.replace_status(PDS, {**read, "status": {"account": {"by": "one"}}})
+        assert written["status"] == {"account": {"by": "one"}}
         with pytest.raises(Conflict):
-            await cluster.replace_status(PDS, {**read, "status": {"account": "two"}})
+            await cluster.replace_status(PDS, {**read, "status": {"account": {"by": "two"}}})
         unversioned = {**written, "metadata": {"name": "scans", "namespace": namespace}}
         with pytest.raises(AssertionError, match="version"):
             await cluster.replace_status(PDS, unversioned)
         await cluster.delete(PDS, namespace, "scans")
         with pytest.raises(Conflict):
-            await cluster.replace_status(PDS, {**written, "status": {"account": "two"}})
+            await cluster.replace_status(PDS, {**written, "status": {"account": {"by": "two"}}})
         await cluster.create(PDS, dataset(namespace))
         with pytest.raises(Conflict):
-            await cluster.replace_status(PDS, {**written, "status": {"account": "two"}})
+            await cluster.replace_status(PDS, {**written, "status": {"account": {"by": "two"}}})
 
     ask(control_plane, story)
 

@@ -31,7 +31,7 @@ BATCH, NUM_STEPS = 8, 16
 UPLOAD = """
 import os, sys
 from feddiff_trainer.stores import open_store
-open_store("s3://federation/jobs", "federation").put(sys.argv[1], os.urandom(96 << 20))
+open_store("s3://federation/jobs", "federation").put(sys.argv[1], bytes(512 << 20))
 """
 
 
@@ -106,8 +106,8 @@ def test_upload_that_is_killed_leaves_nothing_to_be_found(shared: Checkpoints, s
     key = f"{SHARED}{9:012d}-{'0' * 64}.safetensors"
     environment = {f"FEDERATION_{name}": value for name, value in server.environment("trainer").items()}
     upload = subprocess.Popen([sys.executable, "-c", UPLOAD, key], env=os.environ | environment)
-    deadline = time.monotonic() + 120
-    while "Uploads" not in server.client().list_multipart_uploads(Bucket="federation"):
+    client, deadline = server.client(), time.monotonic() + 120
+    while "Uploads" not in client.list_multipart_uploads(Bucket="federation"):
         assert upload.poll() is None and time.monotonic() < deadline
     upload.kill()
     assert upload.wait() == -signal.SIGKILL

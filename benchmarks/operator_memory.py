@@ -98,7 +98,7 @@ async def _charge(
 async def _start(
     cluster: Cluster, asked: FederatedDiffusionJob, uid: str, client: str, dataset: PrivateDataset
 ) -> None:
-    spec = release_spec(asked, uid, client, dataset, places(asked, uid, {client: dataset}), 1)
+    spec = release_spec(asked, uid, client, dataset, places(asked, {client: dataset}), 1)
     objects = stage_objects(Setting("trainer:load"), asked, uid, dataset, spec)
     child = next(each for each in objects if each["kind"] == JOB.name)
     made = await cluster.create(JOB, {**child, "spec": {**child["spec"], "managedBy": "feddiff.dev/benchmark"}})

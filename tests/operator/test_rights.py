@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cluster.kubernetes import PROGRAMS
-from feddiff_operator.cluster import FDJ
+from feddiff_operator.cluster import EVENT, FDJ, Cluster
 
 Object = dict[str, Any]
 Right = tuple[str, str, str]  # API group, resource with its subresource, verb
@@ -60,6 +60,13 @@ def used(log: Path, user: str, namespace: str) -> tuple[set[Right], list[str]]:
     return rights, refused
 
 
+async def counted_twice(cluster: Cluster, namespace: str) -> None:
+    """Some event there has happened again, and is counted: the second write of one is a patch, after a rest."""
+    async with asyncio.timeout(60):
+        while all(each.get("count", 1) < 2 for each in await cluster.list(EVENT, namespace)):
+            await asyncio.sleep(0.2)
+
+
 @pytest.fixture
 def log_of_whole_jobs(world: Any) -> tuple[list[Object], str, str]:
     """The operator, with the chart's rights alone, has carried a job out, suspended and resumed it, and lost it to its
@@ -91,6 +98,8 @@ def log_of_whole_jobs(world: Any) -> tuple[list[Object], str, str]:
                 await cluster.delete(FDJ, world.research, "second")
                 await world.gone(cluster, "second")
                 await world.gone(cluster, "first")
+                for namespace in (world.research, *world.clinics):
+                    await counted_twice(cluster, namespace)
 
     asyncio.run(story())
     return objects, system, user

@@ -141,9 +141,10 @@ class Cluster:
     # -- write
 
     async def create(self, kind: Kind, obj: Object, rehearsal: bool = False) -> Object:
-        """The object as created, or with `rehearsal` as it would be. Raises AlreadyExists."""
+        """The object as created, or with `rehearsal` as it would be. Raises AlreadyExists, and Invalid also for a field
+        that the kind does not have: left out in silence, a misspelt `limits` would be a trainer without its GPU."""
         path = kind.path(obj["metadata"]["namespace"])
-        query = {"fieldManager": FIELD_MANAGER, **({"dryRun": "All"} if rehearsal else {})}
+        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"} | ({"dryRun": "All"} if rehearsal else {})
         return (await self._call("POST", path, query, obj)).object()
 
     async def apply(self, kind: Kind, obj: Object) -> Object:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+import aiohttp
+
 from feddiff_operator.cluster import CONFIG_MAP, POD, Cluster, Conflict
 from feddiff_protocol.layout import release_name
 from feddiff_protocol.stages import Receipt, Stage
@@ -40,6 +42,18 @@ class Kubelet:
                     with suppress(Conflict):  # deleted meanwhile
                         await self._look_at(pod)
             await asyncio.sleep(0.05)
+
+    async def follow(self, session: aiohttp.ClientSession) -> None:
+        """The same for the pods of all namespaces, by one watch: however many there are, each is looked at when it
+        changes."""
+        query = {"watch": "true", "labelSelector": "feddiff.dev/job-uid"}
+        while True:
+            async with session.get(POD.path(None), params=query) as answer:
+                async for line in answer.content:
+                    event = json.loads(line)
+                    if event["type"] in ("ADDED", "MODIFIED"):
+                        with suppress(Conflict):
+                            await self._look_at(event["object"])
 
     async def _look_at(self, pod: Object) -> None:
         metadata = pod["metadata"]

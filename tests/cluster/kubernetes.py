@@ -94,7 +94,7 @@ class ControlPlane:
 
     def request(self, method: str, path: str, body: Any = None, content: str = "application/json") -> tuple[int, Any]:
         """Status and JSON of one call to the API server as the administrator; cheap enough for thousands."""
-        connection = http.client.HTTPSConnection(self.address, 6443, context=self._administrator, timeout=60)
+        connection = http.client.HTTPSConnection(self.address, 6443, context=self.administrator, timeout=60)
         with contextlib.closing(connection):
             payload = None if body is None else json.dumps(body)
             connection.request(method, path, payload, {"Content-Type": content, "Accept": "application/json"})
@@ -103,7 +103,8 @@ class ControlPlane:
         return response.status, json.loads(text) if text.startswith("{") else text
 
     @functools.cached_property
-    def _administrator(self) -> ssl.SSLContext:
+    def administrator(self) -> ssl.SSLContext:
+        """For connections to `https://{address}:6443` by a user who may do everything."""
         context = ssl.create_default_context(cafile=self.authority.certificate_path)
         context.load_cert_chain(*self.authority.client("admin", ["system:masters"]))
         return context

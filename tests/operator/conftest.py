@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -65,15 +66,19 @@ class World:
             },
         }
 
+    @property
+    def flags(self) -> list[str]:
+        """Of an operator that serves these namespaces and no others."""
+        namespaces = [f"--namespace={namespace}" for namespace in (self.research, *self.clinics)]
+        return ["--trainer-image=trainer:test", "--port=0", f"--lease-namespace={self.research}", *namespaces]
+
     @contextlib.contextmanager
     def operator(self, *flags: str, kubeconfig: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
         """The operator's process, ended at the end; its log lies in `folder`."""
-        namespaces = [f"--namespace={namespace}" for namespace in (self.research, *self.clinics)]
-        command = [sys.executable, "-m", "feddiff_operator", "--trainer-image=trainer:test", "--port=0"]
-        lease = [f"--lease-namespace={self.research}", "--lease-seconds=3"]
+        command = [sys.executable, "-m", "feddiff_operator", *self.flags, "--lease-seconds=3", *flags]
         environment = {**os.environ, "KUBECONFIG": str(kubeconfig or self.control_plane.kubeconfig)}
         with (self.folder / "operator.log").open("ab") as log:
-            process = subprocess.Popen([*command, *namespaces, *lease, *flags], env=environment, stderr=log)
+            process = subprocess.Popen(command, env=environment, stderr=log)
         try:
             yield process
         finally:
@@ -104,19 +109,25 @@ class World:
         for obj in objects:
             await cluster.create(kinds[obj["kind"]], obj)
 
-    async def until(self, cluster: Cluster, good: Callable[[Object], bool], name: str = "job") -> Object:
+    async def until(
+        self, cluster: Cluster, good: Callable[[Object], bool], name: str = "job", seconds: float = PATIENCE_SECONDS
+    ) -> Object:
         """The job once it is as wanted. Fails with what it was last, and with the operator's log."""
         last: Object | None = None
         try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with asyncio.timeout(seconds):
                 while True:
                     last = await cluster.get(FDJ, self.research, name)
                     if last is not None and good(last):
                         return last
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            log = (self.folder / "operator.log").read_text()[-4000:]
-            raise AssertionError(f"never as wanted; last: {last}\noperator: {log}") from None
+            last = {**last, "metadata": {}} if last else None
+            raise AssertionError(f"never as wanted; last: {last}\noperator: {self.log()}") from None
+
+    def log(self) -> str:
+        """The end of what the operator has said."""
+        return (self.folder / "operator.log").read_text()[-4000:]
 
     @staticmethod
     def phase(phase: str) -> Callable[[Object], bool]:
@@ -136,6 +147,19 @@ class World:
 
 
 @pytest.fixture
-def world(control_plane: ControlPlane, tmp_path: Path) -> World:
-    clinics = (control_plane.namespace("clinic-a"), control_plane.namespace("clinic-b"))
-    return World(control_plane, tmp_path, control_plane.namespace("research"), clinics)
+def new_world(control_plane: ControlPlane, tmp_path: Path) -> Callable[[], World]:
+    """Worlds beside each other, each with namespaces of its own."""
+    numbers = itertools.count()
+
+    def create() -> World:
+        folder = tmp_path / f"world-{next(numbers)}"
+        folder.mkdir()
+        clinics = (control_plane.namespace("clinic-a"), control_plane.namespace("clinic-b"))
+        return World(control_plane, folder, control_plane.namespace("research"), clinics)
+
+    return create
+
+
+@pytest.fixture
+def world(new_world: Callable[[], World]) -> World:
+    return new_world()

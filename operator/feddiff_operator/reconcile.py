@@ -40,6 +40,7 @@ from feddiff_protocol.plan import (
 from feddiff_protocol.stages import (
     AnyStageSpec,
     BudgetLine,
+    ReleaseReference,
     Stage,
     owner_stage_spec,
     release_spec,
@@ -351,6 +352,7 @@ class Reconciler:
         known, refused = self.hindrances.pop(scene.uid, ()), dict(self.refused.get(scene.uid, {}))
         charges = [action.client for action in decision.actions if isinstance(action, ChargeReservation)]
         rehearsals = [await self._rehearsed(scene, client, ledgers[client].dataset) for client in charges]
+        rehearsals += [await self._shared_rehearsed(scene, ledgers[client].dataset) for client in charges[:1]]
         asked: list[Reserve | ChargeReservation | GiveBack]
         asked = [action for action in decision.actions if isinstance(action, Reserve | GiveBack)]
         asked += [ChargeReservation(client) for client in charges if all(rehearsals)]
@@ -427,7 +429,20 @@ class Reconciler:
         if dataset is None:
             return False
         spec = release_spec(scene.job, scene.uid, client, dataset, places(scene.job, {client: dataset}), 1)
-        with self._refusals_noted(scene, Stage.RELEASE, client):
+        return await self._would_be_taken(scene, client, dataset, spec)
+
+    async def _shared_rehearsed(self, scene: "_Scene", dataset: PrivateDataset | None) -> bool:
+        """The same of train-shared, whose overlay is the job's: no reason to have spent anybody's budget."""
+        if dataset is None:
+            return False
+        to_come = (ReleaseReference(client=scene.job.spec.clients[0].name, manifest_sha256="0" * 64),)
+        spec = train_shared_spec(scene.job, scene.uid, dataset, to_come, places(scene.job, {}), 1)
+        return await self._would_be_taken(scene, "", None, spec)
+
+    async def _would_be_taken(
+        self, scene: "_Scene", client: str, dataset: PrivateDataset | None, spec: AnyStageSpec
+    ) -> bool:
+        with self._refusals_noted(scene, spec.stage, client):
             for obj in stage_objects(self.setting, scene.job, scene.uid, dataset, spec):
                 with suppress(AlreadyExists):
                     await self.cluster.create(KINDS[obj["kind"]], obj, rehearsal=True)

@@ -234,6 +234,8 @@ def test_bad_specs_are_refused_or_end_with_a_reason_and_the_operator_comes_to_re
             assert found == []
             taken = [job["metadata"]["name"] for job in jobs if outcome(job) != Reason.INVALID_POD_TEMPLATE]
             assert [name for name in taken if re.fullmatch("overlay-.*-resources", name)] == []  # none of them is one
+            spent = {each["spec"]["job"]["name"] for each in await world.entries(kubelet.cluster) if held(each)}
+            assert spent & {job["metadata"]["name"] for job in jobs if outcome(job) in ENDS} == set()
             with world.operator(*CALM):
                 await rests(world, len(jobs))
 
@@ -254,6 +256,10 @@ def outcome(job: Object) -> str:
     if not ours(job):
         return "not ours"
     return str(condition(job, "Failed")["reason"] if settled(job) else "unsettled")
+
+
+def held(entry: Object) -> bool:
+    return bool(entry["status"]["phase"] != "Returned")
 
 
 async def rests(world: Any, num_jobs: int) -> None:

@@ -24,6 +24,7 @@ from feddiff_protocol.plan import Reason
 Object = dict[str, Any]
 NUM_SPECS = 1000
 SETTLE_SECONDS = 400
+PATIENCE_SECONDS = 60
 WINDOW_SECONDS = 3.0
 CALM = ("--api-qps=500", "--api-burst=500", "--lease-seconds=60")  # a new leader would look at everything again
 ENDS = {
@@ -278,7 +279,7 @@ async def rests(world: Any, num_jobs: int) -> None:
 
 FALLS_OVER = """
 from feddiff_operator import reconcile
-reconcile.promise_of = lambda *_: {}["σ"]
+reconcile.plan = lambda *_: {}["σ"]
 """
 
 
@@ -289,8 +290,9 @@ def test_an_operator_that_falls_over_a_spec_is_found_out(world: Any) -> None:
             with Warm(FALLS_OVER) as warm:
                 log = world.folder / "operator.log"
                 process = warm.operator(world.flags, world.control_plane.kubeconfig, log)
-                while not ((pages := Pages(world)).there and pages.errors()):
-                    await asyncio.sleep(0.1)
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    while not ((pages := Pages(world)).there and pages.errors()):
+                        await asyncio.sleep(0.1)
                 process.close()
             (job,) = await cluster.list(FDJ, world.research)
             assert len(list(complaints(job))) == 1

@@ -13,6 +13,7 @@ waited for a worker and nothing was written for five seconds: then (operator_rss
 import argparse
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from control_plane import (
@@ -33,8 +34,7 @@ from cluster.kubernetes import ControlPlane
 from feddiff_operator.cluster import FDJ, JOB, PDS, POD, PRL, Cluster
 from feddiff_operator.workloads import Setting, places, stage_objects
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset
-from feddiff_protocol.layout import release_name
-from feddiff_protocol.ledger import Entry, Phase
+from feddiff_protocol.ledger import Phase, request_of
 from feddiff_protocol.ledger_objects import release_object, with_status_of
 from feddiff_protocol.promise import promise_of
 from feddiff_protocol.stages import release_spec
@@ -75,22 +75,9 @@ async def seed(cluster: Cluster, document: Object, datasets: list[PrivateDataset
 async def _charge(
     cluster: Cluster, asked: FederatedDiffusionJob, uid: str, client: str, dataset: PrivateDataset
 ) -> None:
-    privacy, owner = asked.spec.privacy, dataset.metadata
-    entry = Entry(
-        name=release_name(uid, client, str(owner.uid)),
-        dataset_uid=str(owner.uid),
-        job_namespace=asked.metadata.namespace,
-        job_name=asked.metadata.name,
-        job_uid=uid,
-        client=client,
-        mechanism=privacy.mechanism.value,
-        unit=privacy.unit,
-        epsilon=privacy.epsilon,
-        delta=privacy.delta,
-        charge=promise_of(privacy, asked.spec.diffusion).charge,
-        reserved_at="2026-01-01T00:00:00+00:00",
-        phase=Phase.CHARGED,
-    )
+    owner, charge = dataset.metadata, promise_of(asked.spec.privacy, asked.spec.diffusion).charge
+    request = request_of(asked, uid, client, str(owner.uid), charge, "2026-01-01T00:00:00+00:00")
+    entry = replace(request, phase=Phase.CHARGED)
     release = await cluster.create(PRL, release_object(owner.namespace, owner.name, entry))
     await cluster.replace_status(PRL, with_status_of(release, entry))
 

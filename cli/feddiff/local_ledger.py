@@ -119,25 +119,13 @@ class LocalLedger:
 
     def reserve(self, job: FederatedDiffusionJob, job_uid: str, client: str, charge: Charge) -> Refusal | None:
         """None when the release is reserved, now or before; otherwise why it is not admitted."""
-        privacy = job.spec.privacy
-        if refusal := ledger.access_refusal(self.dataset.document, job.metadata.namespace, privacy.epsilon):
+        namespace, epsilon = job.metadata.namespace, job.spec.privacy.epsilon
+        if refusal := ledger.access_refusal(self.dataset.document, namespace, epsilon):
             return refusal
         with self._transaction() as db:
             state = _read(db)
-            request = Entry(
-                name=release_name(job_uid, client, state.dataset_uid),
-                dataset_uid=state.dataset_uid,
-                job_namespace=job.metadata.namespace,
-                job_name=job.metadata.name,
-                job_uid=job_uid,
-                client=client,
-                mechanism=privacy.mechanism.value,
-                unit=privacy.unit,
-                epsilon=privacy.epsilon,
-                delta=privacy.delta,
-                charge=charge,
-                reserved_at=self._now().isoformat(timespec="seconds"),
-            )
+            now = self._now().isoformat(timespec="seconds")
+            request = ledger.request_of(job, job_uid, client, state.dataset_uid, charge, now)
             answer = ledger.reserve(state.budget, state.account, state.entries, request)
             if isinstance(answer, Refusal):
                 return answer

@@ -75,24 +75,10 @@ def _signal_to_noise_db(job: LocalJob, client: str) -> float:
 
 def _refusal(job: LocalJob, client: str, state: LedgerState) -> str:
     """The ledger's own words, asked without writing."""
-    dataset, privacy = job.datasets[client].document, job.document.spec.privacy
-    namespace = job.document.metadata.namespace
-    if refusal := ledger.access_refusal(dataset, namespace, privacy.epsilon):
+    namespace, epsilon = job.document.metadata.namespace, job.document.spec.privacy.epsilon
+    if refusal := ledger.access_refusal(job.datasets[client].document, namespace, epsilon):
         return refusal.message
-    request = ledger.Entry(
-        name="planned",
-        dataset_uid=state.dataset_uid,
-        job_namespace=namespace,
-        job_name=job.document.metadata.name,
-        job_uid="",
-        client=client,
-        mechanism=privacy.mechanism.value,
-        unit=privacy.unit,
-        epsilon=privacy.epsilon,
-        delta=privacy.delta,
-        charge=job.promise.charge,
-        reserved_at="",
-    )
+    request = ledger.request_of(job.document, "", client, state.dataset_uid, job.promise.charge, "")
     answer = ledger.reserve(state.budget, state.account, state.entries, request)
     return answer.message if isinstance(answer, ledger.Refusal) else ""
 

@@ -219,21 +219,8 @@ class ClusterLedger:
         return ledger.reserve(state.budget, state.account, state.entries, request)
 
     def _request(self, job: FederatedDiffusionJob, uid: str, client: str, dataset_uid: str) -> Entry:
-        privacy = job.spec.privacy
-        return Entry(
-            name=release_name(uid, client, dataset_uid),
-            dataset_uid=dataset_uid,
-            job_namespace=job.metadata.namespace,
-            job_name=job.metadata.name,
-            job_uid=uid,
-            client=client,
-            mechanism=privacy.mechanism.value,
-            unit=privacy.unit,
-            epsilon=privacy.epsilon,
-            delta=privacy.delta,
-            charge=charge_of(privacy, job.spec.diffusion),
-            reserved_at=self._clock().isoformat(timespec="seconds"),
-        )
+        charge, now = charge_of(job.spec.privacy, job.spec.diffusion), self._clock().isoformat(timespec="seconds")
+        return ledger.request_of(job, uid, client, dataset_uid, charge, now)
 
     async def _finish(self, state: State, pending: Entry) -> State:
         """The state with the entry of a pending reservation, created by whoever came first, marked Reserved."""

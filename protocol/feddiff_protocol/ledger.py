@@ -21,8 +21,9 @@ from .accountant import (
     spent_epsilon,
     total_charge,
 )
-from .api import BudgetSpec, PrivateDataset
+from .api import BudgetSpec, FederatedDiffusionJob, PrivateDataset
 from .errors import PrivacyRefusal
+from .layout import release_name
 
 
 class Phase(StrEnum):
@@ -204,6 +205,27 @@ def excess(budget: BudgetSpec, account: Account) -> str:
         return ""
     spent = spent_epsilon(account.charges, budget.delta)
     return f"the ledger counts ε = {spent:.4f} of {budget.epsilon} (per {budget.unit}, δ = {budget.delta}) already"
+
+
+def request_of(
+    job: FederatedDiffusionJob, job_uid: str, client: str, dataset_uid: str, charge: Charge, reserved_at: str
+) -> Entry:
+    """The entry that a client of `job` asks for; the same for every retry, but for the time."""
+    privacy = job.spec.privacy
+    return Entry(
+        name=release_name(job_uid, client, dataset_uid),
+        dataset_uid=dataset_uid,
+        job_namespace=job.metadata.namespace,
+        job_name=job.metadata.name,
+        job_uid=job_uid,
+        client=client,
+        mechanism=privacy.mechanism.value,
+        unit=privacy.unit,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        charge=charge,
+        reserved_at=reserved_at,
+    )
 
 
 def reserve(budget: BudgetSpec, account: Account, entries: Iterable[Entry], request: Entry) -> Account | Refusal:

@@ -55,7 +55,7 @@ class Seen:
         self.thread.start()
 
     def _watch(self, plane: ControlPlane, path: str) -> None:
-        line = http.client.HTTPSConnection(plane.address, 6443, context=plane._administrator)
+        line = http.client.HTTPSConnection(plane.address, 6443, context=plane.administrator)
         line.request("GET", path, headers={"Accept": "application/json"})
         answer = line.getresponse()
         assert answer.status == 200, answer.read()

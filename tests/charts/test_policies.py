@@ -447,11 +447,13 @@ def test_a_definition_goes_only_after_somebody_said_why(cluster: ControlPlane) -
 def test_a_backup_is_restored_as_the_documentation_says(cluster: ControlPlane, tmp_path: Path) -> None:
     cluster.kubectl("create", "namespace", "clinic-c")
     let_in(cluster, "admin", "feddiff-owner-namespace", "clinic-c")
-    for name, phase in (("prl-kept", "Reserved"), ("prl-lost", "Reserved"), ("prl-returned", "Returned")):
+    before = {"prl-kept": "Reserved", "prl-lost": "Reserved", "prl-returned": "Returned", "prl-behind": "Charged"}
+    for name, phase in before.items():
         store_entry(cluster, name, "clinic-c", phase)
     backup = cluster.kubectl("get", "prl,pds", "-n", "clinic-c", "-o", "json")
     (tmp_path / "ledger-clinic-a.json").write_text(backup)
     store_entry(cluster, "prl-kept", "clinic-c", "Charged")  # after the backup
+    store_entry(cluster, "prl-behind", "clinic-c", "Reserved")  # as an older snapshot of etcd has it
     for name in ("prl-lost", "prl-returned"):
         cluster.kubectl("annotate", "prl", name, "-n", "clinic-c", "feddiff.dev/delete-reason=rehearsing a loss")
         cluster.kubectl("delete", "prl", name, "-n", "clinic-c")
@@ -468,6 +470,7 @@ def test_a_backup_is_restored_as_the_documentation_says(cluster: ControlPlane, t
         "prl-kept": "Charged",  # what it says is newer than the backup
         "prl-lost": "Charged",  # it may have been, after the backup
         "prl-returned": "Returned",
+        "prl-behind": "Charged",  # charged in either is charged
     }
     written = {each["metadata"]["name"]: each["spec"] for each in json.loads(backup)["items"]}
     assert {each["metadata"]["name"]: each["spec"] for each in restored} == written

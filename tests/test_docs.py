@@ -1,4 +1,4 @@
-"""The documentation says what the software does: commands, options, JSON keys, exit codes, links and samples.
+"""The documentation says what the software does: commands, options, JSON keys, exit codes, links, samples, blocks.
 
 Every check returns what is wrong; each is also run on a text made wrong on purpose and must find that.
 """
@@ -6,15 +6,17 @@ Every check returns what is wrong; each is also run on a text made wrong on purp
 import copy
 import importlib.util
 import inspect
+import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import typer
+import yaml
 
 from feddiff import cluster_budgets, cluster_jobs, store_checks
 from feddiff import main as command
@@ -24,10 +26,13 @@ from feddiff.plan_report import plan_clients, plan_document
 from feddiff.run_folder import RunFolder
 from feddiff.scaffold import job_text, write_scaffold
 from feddiff.views import ledger_document, run_document
+from feddiff_operator.workloads import check_overlay
 from feddiff_protocol import errors, ledger_objects
 from feddiff_protocol.access import Role
-from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, FeddiffError
+from feddiff_protocol.api import API_VERSION, FederatedDiffusionJob, parse_document
+from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, FeddiffError, SpecInvalid
 from feddiff_protocol.plan import Observed, plan
+from feddiff_protocol.promise import promise_of
 from feddiff_trainer.check import CheckSpec, check
 from feddiff_trainer.store_probes import failed
 
@@ -333,6 +338,156 @@ def test_every_relative_link_of_a_page_leads_to_a_file(page: Path) -> None:
 def test_a_dead_link_is_noticed() -> None:
     text = "[a](cli.md#feddiff) [b](nowhere.md) `[c](code.md)` [d](https://example.org) ![e](no.png 'title')"
     assert dead_links(DOCS / "page.md", text) == ["nowhere.md", "no.png"]
+
+
+def unreachable(pages: Mapping[Path, str]) -> set[str]:
+    """Names of pages to which no links lead from the README."""
+    found, queue = set(), [ROOT / "README.md"]
+    while queue:
+        page = queue.pop()
+        if page in pages and page not in found:
+            found.add(page)
+            targets = re.findall(r"\]\(([^)\s#]+)", pages[page])
+            queue += [(page.parent / each).resolve() for each in targets]
+    return {str(page.relative_to(ROOT)) for page in pages.keys() - found}
+
+
+def test_links_lead_from_the_readme_to_every_page() -> None:
+    pages = {page: page.read_text() for page in PAGES if "decisions" not in page.parts}
+    assert unreachable(pages) == set()
+    assert unreachable({**pages, DOCS / "lost.md": "[back](../README.md)"}) == {"docs/lost.md"}
+
+
+# ---- blocks: YAML, commands, values of the chart ---------------------------------------------------------------
+
+SCHEMA = json.loads((ROOT / "charts/feddiff/values.schema.json").read_text())
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """The fenced blocks of a page in these languages ("" is a fence without one), those inside of a list, too."""
+    fenced = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    return [block for language, block in fenced if language in languages]
+
+
+def wrong_documents(text: str) -> list[str]:
+    """What is wrong with the YAML of a page: our kinds in full, and overlays wherever one stands."""
+    wrong = []
+    for block in blocks(text, "yaml"):
+        try:
+            for each in yaml.safe_load_all(block):
+                _check_document(each)
+        except (yaml.YAMLError, SpecInvalid) as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def _check_document(document: Any) -> None:
+    spec = document.get("spec", {}) if isinstance(document, dict) else {}
+    check_overlay(spec.get("podTemplate", {}), "spec.podTemplate")
+    if isinstance(document, dict) and document.get("apiVersion") == API_VERSION:
+        parsed = parse_document(document, "page")
+        if isinstance(parsed, FederatedDiffusionJob):
+            promise_of(parsed.spec.privacy, parsed.spec.diffusion)
+            check_overlay(parsed.spec.shared.pod_template, "spec.shared.podTemplate")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_of_yaml_is_one_that_is_taken(page: Path) -> None:
+    assert wrong_documents(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("gpu.md", "processesPerReplica: 4", "processesPerReplica: 3"),
+        ("gpu.md", "runtimeClassName: nvidia", "hostNetwork: true"),
+        ("gpu.md", "nodeSelector: {nvidia", "hostname: {nvidia"),
+        ("kueue.md", "queueName: gpus", "queue: gpus"),
+        ("kueue.md", "trainShared: {stageSeconds", "trainShared: {seconds"),
+        ("stores.md", "serviceAccountName: feddiff", "serviceAccount: feddiff"),
+    ],
+)
+def test_a_block_of_yaml_that_is_wrong_in_one_word_is_noticed(name: str, right: str, wrong: str) -> None:
+    text = (DOCS / name).read_text()
+    assert right in text
+    assert wrong_documents(text.replace(right, wrong)) != []
+
+
+def command_lines(text: str) -> Iterator[str]:
+    """Every call of `feddiff`, alone or as kubectl's plugin, in a block or in prose, up to a pipe or a comment."""
+    indented = re.findall(r"^    (?:\$ )?(feddiff .*)$", text, re.MULTILINE)
+    in_prose = re.findall(r"`((?:kubectl )?feddiff [^`…[]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    code = "\n".join([*blocks(text, "sh", ""), *indented, *(" ".join(each.split()) for each in in_prose)])
+    for line in code.replace("\\\n", " ").splitlines():
+        called = re.search(r"(?:^|[\s$])(feddiff( .*)?)$", re.split(r" [#|>&]|\|", line)[0].rstrip())
+        if called and not line.lstrip().startswith("helm "):
+            yield called[1]
+
+
+def unknown_in(line: str) -> list[str]:
+    """Words of a call that neither name a command nor are an option of the one that is called."""
+    words, known = line.split()[1:], known_commands()
+    names = [" ".join(words[:count]) for count in (2, 1) if " ".join(words[:count]) in known]
+    if not names:
+        return words[:1] if words and not words[0].startswith("-") else []
+    options = {each for option in known[names[0]].params for each in (*option.opts, *option.secondary_opts)}
+    given = {word.split("=")[0] for word in words if re.fullmatch(r"--?[a-z][a-z-]*(=.*)?", word)}
+    return sorted(given - options - {"--help"})
+
+
+def wrong_commands(text: str) -> list[str]:
+    return [f"{line}: {word}" for line in command_lines(text) for word in unknown_in(line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_call_of_feddiff_on_a_page_is_one_that_exists(page: Path) -> None:
+    assert wrong_commands(page.read_text()) == []
+
+
+def test_a_call_that_does_not_exist_is_noticed() -> None:
+    text = (DOCS / "stores.md").read_text()
+    assert len(list(command_lines(text))) >= 5
+    for right, wrong in (
+        ("store check -f", "store look -f"),
+        ("--print-policy", "--policy"),
+        (" --role ", " --party "),
+    ):
+        assert wrong_commands(text.replace(right, wrong)) != []
+    assert wrong_commands("```sh\nkubectl feddiff what JOB\n```") != []
+
+
+def is_value(path: str) -> bool:
+    """Whether the chart has this value, named by its dotted path; what its schema leaves open may have any name."""
+    schema = SCHEMA
+    for name in path.split("."):
+        properties = schema.get("properties", {})
+        if name not in properties and schema.get("additionalProperties", True) is False:
+            return False
+        schema = properties.get(name, {})
+    return True
+
+
+def values_named(text: str) -> set[str]:
+    """Paths of chart values on a page: those that are set in a command, and those that prose names in backticks."""
+    said = "|".join(sorted(SCHEMA["properties"].keys() - {"scope", "global"}))
+    in_prose = re.findall(rf"`((?:{said})(?:\.\w+)+)(?:=[^`]*)?`", text)
+    return {*re.findall(r"--set(?:-string|-json)? '?([\w.]+)=", text), *in_prose} - {
+        path for path in in_prose if path.endswith(".md")
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_value_of_the_chart_on_a_page_exists(page: Path) -> None:
+    assert [path for path in values_named(page.read_text()) if not is_value(path)] == []
+
+
+def test_a_value_that_the_chart_does_not_have_is_noticed() -> None:
+    text = "`networkPolicy.store.from` `--set operator.replica=0` --set image.digest=sha256:1 `roles.md` `image.tag`"
+    assert {path for path in values_named(text) if not is_value(path)} == {
+        "networkPolicy.store.from",
+        "operator.replica",
+    }
+    assert is_value("monitoring.labels.release") and not is_value("monitoring.label.release")
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------

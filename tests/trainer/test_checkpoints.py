@@ -206,6 +206,28 @@ def test_checkpoint_that_may_not_be_read_is_an_error_not_a_fresh_start(tmp_path:
         assert refused.newest() is None
 
 
+def test_checkpoint_deleted_meanwhile_is_passed_over_where_missing_keys_are_forbidden_ones(tmp_path: Path) -> None:
+    class Aws(FolderStore):
+        """Says 403 of a key that is not there, as AWS does to an identity that may not list the whole bucket."""
+
+        def get(self, key: str) -> bytes:
+            if "2-" in key:
+                (tmp_path / key).unlink(missing_ok=True)  # by the other attempt, after it was listed
+            return super().get(key)
+
+        def exists(self, key: str) -> bool:
+            if not super().exists(key):
+                raise InputMissing(f"{key}: 403 Forbidden")
+            return True
+
+    kept = kept_in(tmp_path)
+    for step in (1, 2):
+        kept.save(a_checkpoint(step))
+    with capture_logs() as logs:
+        assert newest_step(Checkpoints(Aws(tmp_path.as_uri()), RUN)) == 1
+    assert [line["event"] for line in logs] == ["checkpoint_gone"]
+
+
 # ---- Two attempts side by side -------------------------------------------------------------------------------
 
 

@@ -621,7 +621,9 @@ class SamplingSpec(Wire):
     )
     steps: Annotated[int, Field(ge=2, le=10_000), WHOLE] = Field(20, description="steps from pure noise to an image")
     sampler: Literal["heun", "ddpm"] = Field(
-        "heun", description="heun: deterministic, second order, few steps; ddpm: ancestral, wants hundreds of them"
+        "heun",
+        description="heun: deterministic, second order; ddpm: ancestral, draws anew at each step; on the digits, with"
+        " summary, 50 steps of it beat 20 of heun and 200 of its own (docs/results.md)",
     )
 
 

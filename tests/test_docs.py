@@ -358,6 +358,19 @@ def test_links_lead_from_the_readme_to_every_page() -> None:
     assert unreachable({**pages, DOCS / "lost.md": "[back](../README.md)"}) == {"docs/lost.md"}
 
 
+def unproved(text: str) -> list[str]:
+    """Rows of the threat model that claim to stop something and link no test; its other tables have other heads."""
+    tables = re.findall(r"^\| (?:attack|channel) \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for table in tables for row in table.splitlines()]
+    return [name for name, stops, _ in rows if not stops.startswith("nothing") and "](../tests/" not in stops]
+
+
+def test_the_threat_model_claims_nothing_without_a_test() -> None:
+    text = (DOCS / "threat-model.md").read_text()
+    assert unproved(text) == []
+    assert unproved(re.sub(r" \(\[test_mechanisms\]\(\S+\)\)", "", text)) != []
+
+
 # ---- blocks: YAML, commands, values of the chart ---------------------------------------------------------------
 
 SCHEMA = json.loads((ROOT / "charts/feddiff/values.schema.json").read_text())

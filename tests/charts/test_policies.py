@@ -586,6 +586,12 @@ def test_without_its_parameters_nothing_is_admitted(cluster: ControlPlane, caps:
             lambda each: each["spec"]["template"]["spec"]["containers"][0].update(securityContext={"privileged": True}),
             "share nothing with the host",
         ),
+        (
+            lambda each: each["spec"]["template"]["spec"].update(
+                initContainers=[{"name": "x", "image": "localhost/x", "securityContext": {"privileged": True}}]
+            ),
+            "share nothing with the host",
+        ),
     ],
 )
 def test_the_operator_makes_no_other_job_than_a_stages(

@@ -163,6 +163,12 @@ def test_what_is_left_after_uninstalling_is_ledger_kinds_and_policies(bare_clust
         cluster, "get", "networkpolicy", "-n", "clinic-a", "feddiff-owner-stages"
     )
 
+    patch = ("patch", "-n", "feddiff-system", "configmap/feddiff-caps", "--type=merge", "-p")
+    cluster.kubectl(*patch, '{"data": {"maxEpsilon": "4"}}')
+    with pytest.raises(CommandFailed, match=r'conflict with "kubectl-patch" using v1: .data.maxEpsilon'):
+        cluster.helm("upgrade", *INSTALL, *upgraded)  # a cap set by hand is not taken away unnoticed
+    cluster.helm("upgrade", *INSTALL, *upgraded[:2], "--set-string", "admission.caps.maxEpsilon=4")
+
     uninstall(cluster)
     wait_until(lambda: pods(cluster) == [])
     wait_until(lambda: not any(each.startswith("ReplicaSet.") for each in objects(cluster) - before))

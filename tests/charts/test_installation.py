@@ -137,6 +137,12 @@ def uninstall(cluster: ControlPlane) -> None:
         done.result(timeout=60)
 
 
+def caps(cluster: ControlPlane) -> Object:
+    found = json.loads(cluster.kubectl("get", "-n", "feddiff-system", "configmap/feddiff-caps", "-o", "json"))
+    data: Object = found["data"]
+    return data
+
+
 def drains(cluster: ControlPlane) -> list[Object]:
     return [each for each in pods(cluster) if each["metadata"]["labels"]["app.kubernetes.io/component"] == "drain"]
 
@@ -157,8 +163,7 @@ def test_what_is_left_after_uninstalling_is_ledger_kinds_and_policies(bare_clust
     upgraded = ("--set", "operator.replicas=1", "--set-string", "admission.caps.maxEpsilon=5")
     cluster.helm("upgrade", *INSTALL, *upgraded)
     wait_until(lambda: len([each for each in pods(cluster) if "deletionTimestamp" not in each["metadata"]]) == 1)
-    caps = json.loads(cluster.kubectl("get", "-n", "feddiff-system", "configmap/feddiff-caps", "-o", "json"))
-    assert caps["data"] == {"maxEpsilon": "5", "imageRegistries": "", "buckets": ""}
+    assert caps(cluster) == {"maxEpsilon": "5", "imageRegistries": "", "buckets": ""}
     assert "networkpolicies.networking.k8s.io" in refusal(  # clinic-a is listed no more
         cluster, "get", "networkpolicy", "-n", "clinic-a", "feddiff-owner-stages"
     )
@@ -168,6 +173,9 @@ def test_what_is_left_after_uninstalling_is_ledger_kinds_and_policies(bare_clust
     with pytest.raises(CommandFailed, match=r'conflict with "kubectl-patch" using v1: .data.maxEpsilon'):
         cluster.helm("upgrade", *INSTALL, *upgraded)  # a cap set by hand is not taken away unnoticed
     cluster.helm("upgrade", *INSTALL, *upgraded[:2], "--set-string", "admission.caps.maxEpsilon=4")
+    assert caps(cluster)["maxEpsilon"] == "4"
+    cluster.helm("upgrade", *INSTALL, *upgraded[:2], "--force-conflicts")
+    assert caps(cluster)["maxEpsilon"] == ""  # docs/upgrade.md warns of it
 
     uninstall(cluster)
     wait_until(lambda: pods(cluster) == [])

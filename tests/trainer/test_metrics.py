@@ -342,6 +342,17 @@ def test_a_generator_that_adds_noise_is_found_out(digits, perfect):
     assert found.frechet > 2 * perfect.frechet and found.kernel_distance > perfect.kernel_distance
 
 
+def test_pooled_measures_of_pairs_look_at_a_bounded_number_of_images(digits, monkeypatch):
+    """Coverage says how many were looked at: it is the less, the more real images there are for each generated one."""
+    few_NCHW, few_N = (part[:: len(part) // 100][:100] for part in digits.fresh)
+    of_all = digits.quality((few_NCHW, few_N))
+    monkeypatch.setattr("feddiff_trainer.metrics.MOST_PAIRED", 100)
+    thinned = digits.quality((few_NCHW, few_N))
+    assert of_all.coverage < thinned.coverage - 0.1
+    assert (thinned.frechet, thinned.num_held_out) == (of_all.frechet, of_all.num_held_out)
+    assert thinned.classes == of_all.classes
+
+
 def test_the_groups_are_means_of_their_classes(perfect):
     for group, labels in [(perfect.majority, range(4)), (perfect.minority, range(4, 10)), (perfect.overall, range(10))]:
         assert group.num_classes == len(labels)

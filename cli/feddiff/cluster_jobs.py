@@ -356,7 +356,7 @@ def _refusal(scene: Scene, key: str, hold: str) -> str:
     try:
         dataset = parse(PrivateDataset, found, f"dataset {key}")
         job = parse(FederatedDiffusionJob, scene.job, "job")
-        if denied := ledger.access_refusal(dataset, job.metadata.namespace, job.spec.privacy.epsilon):
+        if denied := ledger.access_refusal(dataset, job):
             return denied.message
         return mismatch(found) or _over_budget(dataset, job, hold)
     except SpecInvalid as error:

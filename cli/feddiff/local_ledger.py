@@ -119,8 +119,7 @@ class LocalLedger:
 
     def reserve(self, job: FederatedDiffusionJob, job_uid: str, client: str, charge: Charge) -> Refusal | None:
         """None when the release is reserved, now or before; otherwise why it is not admitted."""
-        namespace, epsilon = job.metadata.namespace, job.spec.privacy.epsilon
-        if refusal := ledger.access_refusal(self.dataset.document, namespace, epsilon):
+        if refusal := ledger.access_refusal(self.dataset.document, job):
             return refusal
         with self._transaction() as db:
             state = _read(db)

@@ -75,8 +75,7 @@ def _signal_to_noise_db(job: LocalJob, client: str) -> float:
 
 def _refusal(job: LocalJob, client: str, state: LedgerState) -> str:
     """The ledger's own words, asked without writing."""
-    namespace, epsilon = job.document.metadata.namespace, job.document.spec.privacy.epsilon
-    if refusal := ledger.access_refusal(job.datasets[client].document, namespace, epsilon):
+    if refusal := ledger.access_refusal(job.datasets[client].document, job.document):
         return refusal.message
     request = ledger.request_of(job.document, "", client, state.dataset_uid, job.promise.charge, "")
     answer = ledger.reserve(state.budget, state.account, state.entries, request)

@@ -209,7 +209,7 @@ class ClusterLedger:
         """The account with the job's reservation in it, or why not."""
         if state.refusal or state.dataset is None or state.account is None:
             return Refusal(state.refusal)
-        if refusal := ledger.access_refusal(state.dataset, job.metadata.namespace, job.spec.privacy.epsilon):
+        if refusal := ledger.access_refusal(state.dataset, job):
             return refusal
         try:
             request = self._request(job, uid, client, state.uid)
@@ -255,8 +255,7 @@ class ClusterLedger:
             return entry
         if state.refusal or state.dataset is None:
             raise PrivacyRefusal(f"client {client} cannot be charged: {state.refusal}")
-        epsilon = job.spec.privacy.epsilon
-        if refusal := ledger.access_refusal(state.dataset, job.metadata.namespace, epsilon):
+        if refusal := ledger.access_refusal(state.dataset, job):
             raise PrivacyRefusal(f"client {client} cannot be charged: {refusal.message}")
         if pending is not None:
             state = await self._finish(state, pending)

@@ -487,7 +487,7 @@ def client_observed(
         (reference,) = [each.dataset for each in job.spec.clients if each.name == client]
         words = refusal or f"there is no dataset {reference.namespace}/{reference.name}; its owner has to create it"
         return ClientObserved(hold, words, Reason.DATASET_MISSING)
-    if denied := access_refusal(dataset, job.metadata.namespace, job.spec.privacy.epsilon):
+    if denied := access_refusal(dataset, job):
         return ClientObserved(hold, denied.message, Reason.ACCESS_DENIED)
     if words := _image_refusal(dataset, setting):
         return ClientObserved(hold, words, Reason.IMAGE_NOT_ALLOWED)

@@ -310,8 +310,9 @@ class PrivateDatasetSpec(Wire):
     )
     federation: StoreReference | None = Field(
         None,
-        description="how this owner's pods reach the store that the job names: with a Secret that may write this"
-        " owner's prefix and read the rest. A local run uses a folder of the run",
+        description="the only store to which records are released, which a job has to name as its spec.store.uri,"
+        " and how this owner's pods reach it: with a Secret that may write this owner's prefix and read the rest. A"
+        " local run uses a folder of the run",
     )
     pod_template: Annotated[
         Overlay,

@@ -91,8 +91,10 @@ class Refusal:
     message: str
 
 
-def access_refusal(dataset: PrivateDataset, job_namespace: str, epsilon: Decimal) -> Refusal | None:
-    """None when the owner lets jobs of this namespace ask for this much; nobody may by default."""
+def access_refusal(dataset: PrivateDataset, job: FederatedDiffusionJob) -> Refusal | None:
+    """None when the owner lets jobs of this namespace ask for this much, and for a release to this store; nobody may
+    by default."""
+    job_namespace, epsilon = job.metadata.namespace, job.spec.privacy.epsilon
     rules = [rule for rule in dataset.spec.access if rule.namespace == job_namespace]
     name = f"{dataset.metadata.namespace}/{dataset.metadata.name}"
     if not rules:
@@ -103,6 +105,12 @@ def access_refusal(dataset: PrivateDataset, job_namespace: str, epsilon: Decimal
         most = max(rule.max_epsilon for rule in rules if rule.max_epsilon is not None)
         return Refusal(
             f"dataset {name} lets jobs of namespace {job_namespace} ask for ε ≤ {most}, this one asks {epsilon}"
+        )
+    allowed, asked = dataset.spec.federation, job.spec.store
+    if allowed and asked and allowed.uri.rstrip("/") != asked.uri.rstrip("/"):
+        return Refusal(
+            f"dataset {name} releases to spec.federation.uri = {allowed.uri} alone,"
+            f" the job's spec.store.uri is {asked.uri}"
         )
     return None
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from feddiff_protocol import ledger
 from feddiff_protocol.accountant import Charge, charge_mu_squared, spent_epsilon, total_charge
-from feddiff_protocol.api import AccessRule, BudgetSpec, PrivateDataset
+from feddiff_protocol.api import AccessRule, BudgetSpec, FederatedDiffusionJob, PrivateDataset
 from feddiff_protocol.errors import PrivacyRefusal
 from feddiff_protocol.ledger import Account, Entry, Phase, Refusal
 
@@ -125,7 +125,7 @@ def test_a_ledger_that_contradicts_itself_admits_nothing(tampered: str) -> None:
 # ---- Access ------------------------------------------------------------------------------------------------------
 
 
-def dataset(*rules: AccessRule) -> PrivateDataset:
+def dataset(*rules: AccessRule, federation: str = "") -> PrivateDataset:
     return PrivateDataset.model_validate(
         {
             "metadata": {"name": "scans", "namespace": "clinic-a"},
@@ -135,23 +135,48 @@ def dataset(*rules: AccessRule) -> PrivateDataset:
                 "classes": {"count": 1, "records": [9]},
                 "budget": {"epsilon": "20", "delta": "1e-5"},
                 "access": [rule.to_wire() for rule in rules],
+                **({"federation": {"uri": federation}} if federation else {}),
+            },
+        }
+    )
+
+
+def job(namespace: str, epsilon: object, store: str = "") -> FederatedDiffusionJob:
+    return FederatedDiffusionJob.model_validate(
+        {
+            "metadata": {"name": "digits", "namespace": namespace},
+            "spec": {
+                "clients": [{"name": "a", "dataset": {"name": "scans", "namespace": "clinic-a"}}],
+                "privacy": {"mechanism": "gaussian", "epsilon": str(epsilon), "delta": "1e-5", "clipNorm": "4"},
+                **({"store": {"uri": store}} if store else {}),
             },
         }
     )
 
 
 def test_nobody_may_use_a_dataset_by_default() -> None:
-    refusal = ledger.access_refusal(dataset(), "research", Decimal(1))
+    refusal = ledger.access_refusal(dataset(), job("research", 1))
     assert refusal is not None and "lets no job of namespace research" in refusal.message
 
 
 def test_the_most_generous_rule_of_a_namespace_decides() -> None:
     rules = [AccessRule(namespace="research", max_epsilon=Decimal(most)) for most in (2, 5)]
-    assert ledger.access_refusal(dataset(*rules), "research", Decimal(5)) is None
-    refusal = ledger.access_refusal(dataset(*rules), "research", Decimal("5.01"))
+    assert ledger.access_refusal(dataset(*rules), job("research", 5)) is None
+    refusal = ledger.access_refusal(dataset(*rules), job("research", "5.01"))
     assert refusal is not None and "ε ≤ 5, this one asks 5.01" in refusal.message
-    assert ledger.access_refusal(dataset(*rules), "elsewhere", Decimal(1)) is not None
-    assert ledger.access_refusal(dataset(AccessRule(namespace="research")), "research", Decimal(99)) is None
+    assert ledger.access_refusal(dataset(*rules), job("elsewhere", 1)) is not None
+    assert ledger.access_refusal(dataset(AccessRule(namespace="research")), job("research", 99)) is None
+
+
+def test_a_release_goes_to_no_store_but_the_one_its_owner_names() -> None:
+    rule, theirs = AccessRule(namespace="research"), "s3://federation/jobs"
+    named = dataset(rule, federation=theirs)
+    for store in (theirs, f"{theirs}/", ""):  # a run on one machine has a folder of its own
+        assert ledger.access_refusal(named, job("research", 1, store)) is None
+    for store in ("s3://elsewhere/jobs", "s3://federation", "s3://federation/jobs/x", "s3://federation/jobs2"):
+        refusal = ledger.access_refusal(named, job("research", 1, store))
+        assert refusal is not None and f"releases to spec.federation.uri = {theirs} alone" in refusal.message
+    assert ledger.access_refusal(dataset(rule), job("research", 1, "s3://elsewhere/jobs")) is None
 
 
 # ---- Charge, give back, manifest ---------------------------------------------------------------------------------

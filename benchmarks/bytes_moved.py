@@ -89,7 +89,9 @@ class CountedStore(FolderStore):
 def kind_of(key: str) -> str:
     name = key.rpartition("/")[2]
     named = {"manifest.json": "manifest", "denoiser.safetensors": "shared denoiser"}
-    return "probe" if name.startswith(layout.PROBE) else named.get(name, "shards")
+    if name.startswith(layout.PROBE):
+        return "probe"
+    return named.get(name, "shards" if "/shards/" in key else "checkpoints and samples")
 
 
 # ---- One job -------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ The stage itself, `feddiff_trainer.train_shared`, started by `feddiff_trainer.ra
 process, on releases of three small owners. The ranks of one job share a batch of 256 images; an independent process has
 half of it, so that both do equal work between two steps; one process alone has all of it. Speeds are taken between the
 progress lines that the stages write, while all processes of a measurement train, and are in images per second of all of
-them together. Efficiency is the two ranks' speed over the two independent processes'. Each run measures all three in
-turn. One JSON row.
+them together. Efficiency is the two ranks' speed over the two independent processes'. On a busy machine ranks wait for
+each other's lost time; what the two ranks' work costs, cpu_milliseconds_per_image of all processes together, does not
+depend on that. Each run measures all three in turn. One JSON row.
 """
 
 import argparse
@@ -41,6 +42,11 @@ MECHANISMS: dict[str, Any] = {
     "summary": ({"clipNorm": "4.25", "momentClipNorm": "1.75"}, {"splitSigma": "2"}),
     "gaussian": ({"clipNorm": "4.25"}, {"timeline": "continued"}),
 }
+WAYS = {  # processes and batch of each job
+    "one process": [(1, BATCH)],
+    "two independent": [(1, BATCH // 2)] * 2,
+    "two ranks": [(2, BATCH)],
+}
 Moment = tuple[float, int]  # when a progress line came, and how many images it names
 
 
@@ -73,6 +79,12 @@ class Training:
             else:
                 print(line, end="", file=sys.stderr)
 
+    def cpu_seconds(self) -> float:
+        """Of its ranks, so far."""
+        ranks = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        fields = [Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split() for rank in ranks]
+        return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+
     def stop(self) -> None:
         self._process.terminate()
         self._reader.join()
@@ -89,12 +101,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         spec = released(Path(name), arguments)
-        speeds: dict[str, list[float]] = {"one process": [], "two independent": [], "two ranks": []}
+        found: dict[str, list[tuple[float, float]]] = {each: [] for each in WAYS}
         for _ in range(arguments.runs):
-            speeds["one process"].append(speed(spec, arguments.seconds, [(1, BATCH)]))
-            speeds["two independent"].append(speed(spec, arguments.seconds, [(1, BATCH // 2)] * 2))
-            speeds["two ranks"].append(speed(spec, arguments.seconds, [(2, BATCH)]))
-    print_row(spec, speeds, arguments)
+            for way, jobs in WAYS.items():
+                found[way].append(measured(spec, arguments.seconds, jobs))
+    print_row(spec, found, arguments)
 
 
 def released(folder: Path, arguments: argparse.Namespace) -> TrainSharedSpec:
@@ -135,16 +146,20 @@ def owner_releases(folder: Path, client: str, common: dict[str, Any], size: int)
 # ---- Measuring -----------------------------------------------------------------------------------------------
 
 
-def speed(spec: TrainSharedSpec, seconds: float, jobs: list[tuple[int, int]]) -> float:
-    """Images per second of jobs of so many processes and such a batch, all at once, for so many seconds."""
+def measured(spec: TrainSharedSpec, seconds: float, jobs: list[tuple[int, int]]) -> tuple[float, float]:
+    """Images per second of jobs of so many processes and such a batch, all at once for so many seconds, and
+    milliseconds of CPU per image."""
     with contextlib.ExitStack() as stack:
         trainings = [stack.enter_context(training(spec, *job)) for job in jobs]
         while not all(each.moments for each in trainings):
             time.sleep(0.1)
+        since, before = time.perf_counter(), sum(each.cpu_seconds() for each in trainings)
         time.sleep(seconds)
+        cpu = (sum(each.cpu_seconds() for each in trainings) - before) / (time.perf_counter() - since)
         moments = [list(each.moments) for each in trainings]
     began, ended = max(each[0][0] for each in moments), min(each[-1][0] for each in moments)
-    return sum(between(each, began, ended) for each in moments)
+    speed = sum(between(each, began, ended) for each in moments)
+    return speed, 1000 * cpu / speed
 
 
 @contextlib.contextmanager
@@ -169,8 +184,11 @@ def between(moments: list[Moment], began: float, ended: float) -> float:
     return (seen_last - seen_first) / (last - first)
 
 
-def print_row(spec: TrainSharedSpec, speeds: dict[str, list[float]], arguments: argparse.Namespace) -> None:
+def print_row(
+    spec: TrainSharedSpec, found: dict[str, list[tuple[float, float]]], arguments: argparse.Namespace
+) -> None:
     config = network_config(NetworkSpec(base_width=arguments.base_width), spec.image, CLASSES, SIGMA_DATA)
+    speeds = {way: [speed for speed, _ in each] for way, each in found.items()}
     ranks, independent, alone = (speeds[each] for each in ("two ranks", "two independent", "one process"))
     row = {
         "benchmark": "ddp_speed",
@@ -179,6 +197,7 @@ def print_row(spec: TrainSharedSpec, speeds: dict[str, list[float]], arguments: 
         "parameters": sum(weight.numel() for weight in Denoiser(config).parameters()),
         "batch": BATCH,
         "images_per_second": {name: spread(each) for name, each in speeds.items()},
+        "cpu_milliseconds_per_image": {way: spread([cpu for _, cpu in each]) for way, each in found.items()},
         "efficiency": spread([a / b for a, b in zip(ranks, independent, strict=True)]),
         "speed_up_over_one": spread([a / b for a, b in zip(ranks, alone, strict=True)]),
         "runs": arguments.runs,

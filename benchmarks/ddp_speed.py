@@ -33,6 +33,7 @@ from feddiff_protocol.api import ImageSpec, parse
 from feddiff_protocol.layout import release_name
 from feddiff_protocol.stages import JobReference, NetworkSpec, ReleaseSpec, TrainSharedSpec
 from feddiff_trainer.network import Denoiser
+from feddiff_trainer.ranks import INTERRUPTED
 from feddiff_trainer.release import body as release
 from feddiff_trainer.train_shared import SIGMA_DATA, network_config
 
@@ -88,7 +89,8 @@ class Training:
     def stop(self) -> None:
         self._process.terminate()
         self._reader.join()
-        assert self._process.wait() == 75, "a training that was stopped"
+        if (code := self._process.wait()) != INTERRUPTED:
+            print(f"a training that was stopped ended with {code}, expected {INTERRUPTED}", file=sys.stderr)
 
 
 def main() -> None:

@@ -400,14 +400,34 @@ def test_ranks_that_do_not_share_the_work_exceed_the_tolerance(
 
 
 def test_signal_to_one_rank_stops_both_and_both_resume_bit_for_bit(two_ranks: Ranks) -> None:
-    stopped = two_ranks.outcome("stopped")
-    assert (
-        stopped
-        == ["Interrupted 75: stopped on request after 128 of 320 images; all of it is kept, run again to go on"] * 2
-    )
+    stopped, steps = two_ranks.outcome("stopped"), 1 + 2 + 4 + 8  # the signal comes in the eighth
+    expected = f"Interrupted 75: stopped on request after {steps * BATCH} of 320 images; all of it is kept"
+    assert stopped == [f"{expected}, run again to go on"] * 2
     assert not (two_ranks.folder / "checkpoints-1").exists(), "rank 0 alone writes"
-    expected = two_ranks.weights("honest")[0]
-    assert all(same_bits(found, expected) for found in two_ranks.weights("resumed"))
+    honest = two_ranks.weights("honest")[0]
+    assert all(same_bits(found, honest) for found in two_ranks.weights("resumed"))
+
+
+def test_ranks_agree_rarely_while_steps_are_quick_and_at_once_where_they_are_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda wished, op: None)  # what rank 0 wishes, happens
+    now = [0.0]
+    agreement = training._Agreement(100, replace(ALONE, world_size=2), lambda: now[0])
+
+    def next_steps(seconds: float, count: int) -> list[int]:
+        """Steps between agreements, each after so many seconds."""
+        gaps = []
+        for _ in range(count):
+            now[0] += seconds
+            before = agreement.step
+            assert agreement.on(True, False, True) == (True, False, True)
+            gaps.append(agreement.step - before)
+        return gaps
+
+    assert agreement.step == 101
+    assert next_steps(0.01, 6) == [2, 4, 8, 16, 16, 16]
+    assert next_steps(10.0, 6) == [8, 4, 2, 1, 1, 1]
 
 
 def test_loss_that_is_not_finite_on_one_rank_stops_both(two_ranks: Ranks) -> None:
@@ -438,7 +458,7 @@ def be_a_rank(folder: Path) -> None:
         tell_mutants(folder, world)
         checkpoints = kept_in(folder / f"checkpoints-{world.rank}")
         stopping = at_call(7, terminate) if world.rank == 1 else denoising
-        tell(folder, "stopped", world, lambda: run(stopping, world, checkpoints=checkpoints))
+        tell(folder, "stopped", world, lambda: run(stopping, world, checkpoints=checkpoints, clock=lambda: 0.0))
         leave_weights(folder, "resumed", world, run(world=world, checkpoints=checkpoints))
         tell(
             folder,

@@ -4,8 +4,11 @@ Every rank holds all images afterwards, not a share of them: a step draws its ba
 keeps a slice (training.py), which is why two ranks take the steps of one. docs/decisions/0010 has the alternatives.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -32,20 +35,26 @@ ERRORS: tuple[type[FeddiffError], ...] = (
     StoreUnavailable,
 )
 FETCHED = len(ERRORS)
+AT_ONCE = 4  # by one rank: a single connection waits for the store at the start of every object, and memory holds all
 
 Fetch = Callable[[], bytes]
 
 
 def fetched_once(fetches: Sequence[Fetch], world: World) -> Iterator[bytes]:
-    """What each of `fetches` returns, in order, on every rank; number i is called by rank i mod world_size alone.
+    """What each of `fetches` returns, in order, on every rank; number i is called by rank i mod world_size alone, in
+    a thread, up to AT_ONCE of them at the same time.
 
-    In a round every rank calls one, all at the same time. An error of ERRORS that a call raises is raised on every
-    rank, so that each says what is wrong, not that another rank is gone.
+    An error of ERRORS that a call raises is raised on every rank, so that each says what is wrong, not that another
+    rank is gone.
     """
-    for start in range(0, len(fetches), world.world_size):
-        turn = fetches[start : start + world.world_size]
-        mine = _outcome(turn[world.rank]) if world.rank < len(turn) else None
-        for source in range(len(turn)):
+    waiting = iter(fetches[world.rank :: world.world_size])
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        under_way = deque(pool.submit(_outcome, fetch) for fetch in islice(waiting, AT_ONCE))
+        for number in range(len(fetches)):
+            source, mine = number % world.world_size, None
+            if source == world.rank:
+                mine = under_way.popleft().result()
+                under_way.extend(pool.submit(_outcome, fetch) for fetch in islice(waiting, 1))
             outcome = _handed_out(mine, source, world)
             if outcome.kind != FETCHED:
                 raise ERRORS[outcome.kind](outcome.content.decode())

@@ -6,6 +6,7 @@ object is then complete and survives a loss of power.
 
 import errno
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -66,7 +67,7 @@ class Store(Protocol):
         """The object's bytes. Raises InputMissing when there is none."""
         ...
 
-    def stream(self, key: str) -> Iterator[bytes]:
+    def stream(self, key: str) -> Iterator[bytes | memoryview]:
         """The object's bytes in pieces, for whoever must not take more than it expects. Raises as `get`."""
         ...
 
@@ -129,13 +130,13 @@ def get_verified(store: Store, key: str, sha256: str) -> bytes:
 def read_hashed(store: Store, key: str, most_bytes: int) -> tuple[bytes, str]:
     """The object and its SHA-256, taken while it streams in. Raises DataInvalid if it has more than `most_bytes`,
     having read little more than them: whoever put it there may be hostile."""
-    data, digest = bytearray(), hashlib.sha256()
+    data, digest = io.BytesIO(), hashlib.sha256()  # unlike a bytearray, it hands its bytes out without a copy
     for piece in store.stream(key):
         digest.update(piece)
-        data += piece
-        if len(data) > most_bytes:
+        data.write(piece)
+        if data.tell() > most_bytes:
             raise DataInvalid(f"{key}: expected at most {most_bytes} bytes, found more; do not use it")
-    return bytes(data), digest.hexdigest()
+    return data.getvalue(), digest.hexdigest()
 
 
 def check_creates_once(store: Store, prefix: str) -> None:
@@ -324,10 +325,10 @@ class BucketStore:
     def get(self, key: str) -> bytes:
         return self._call(key, lambda: bytes(self._obstore.get(self._bucket, _checked(key)).bytes()), InputMissing)
 
-    def stream(self, key: str) -> Iterator[bytes]:
+    def stream(self, key: str) -> Iterator[bytes | memoryview]:
         pieces = self._call(key, lambda: self._obstore.get(self._bucket, _checked(key)).stream(), InputMissing)
         while piece := self._call(key, lambda: next(pieces, None), InputMissing):
-            yield bytes(piece)
+            yield memoryview(piece)
 
     def put(self, key: str, data: bytes) -> None:
         self._call(key, lambda: self._obstore.put(self._bucket, _checked(key), data), OutputFailed)

@@ -25,7 +25,7 @@ test-local: check
 
 # Every fault under a job of its own: half an hour. Writes docs/reliability.md.
 chaos: kube images
-	FEDDIFF_CHAOS=docs/reliability.md $(BIN)/pytest -m cluster tests/cluster/test_chaos.py
+	FEDDIFF_CHAOS=docs/reliability.md $(BIN)/pytest -m "chaos or node" tests/cluster/test_chaos.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Faults on a real node: pods, operator, API server, store, network and node are broken under a running job.
 
-Five of them run with all tests; `make chaos` runs every one and writes docs/reliability.md.
+Five in one job run with all tests; `make chaos` runs each in a job of its own and writes docs/reliability.md.
 """
 
 import dataclasses

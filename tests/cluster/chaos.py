@@ -23,6 +23,7 @@ import pytest
 from cluster.evidence import Evidence, gather, wrongs
 from cluster.federation import RESEARCH, SYSTEM, OwnFederation, owner_file
 from cluster.gate import Gate, Held
+from cluster.kubernetes import CommandFailed
 from cluster.weed import Weed
 from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import Stage
@@ -83,7 +84,7 @@ def dataset_spec(owner: str, counts: list[int]) -> Object:
         "source": {"format": "npz", "path": "train.npz", "holdoutPath": "holdout.npz", "volumeClaim": "scans"},
         "image": {"channels": 1, "height": 8, "width": 8},
         "classes": {"count": DIGITS, "records": counts},
-        "budget": {"epsilon": "50", "delta": "1e-5", "unit": "image"},
+        "budget": {"epsilon": "50", "delta": "0.00001", "unit": "image"},
         "access": [{"namespace": RESEARCH, "maxEpsilon": "10"}],
         "store": {"uri": f"s3://{owner}/feddiff", "secretName": "own-store"},
         "federation": {"uri": "s3://federation/jobs", "secretName": "federation-store"},
@@ -130,7 +131,7 @@ class Fault:
     attempts: Mapping[StageKey, int] = field(default_factory=dict)
     any_attempts: bool = False
     end: str = "Complete"
-    shared_images: int = 64_000
+    shared_images: int = 32_000
     dataset_a: str = "scans"
     in_ci: bool = False
 
@@ -201,8 +202,9 @@ class Experiment:
         return {_key(job) for job in self.jobs() if "feddiff.dev/receipt" in job["metadata"].get("annotations", {})}
 
     def log(self, pod: Object) -> str:
-        place = pod["metadata"]["namespace"], pod["metadata"]["name"]
-        return str(self.ask("/api/v1/namespaces/{}/pods/{}/log".format(*place)) or "")
+        with suppress(CommandFailed):  # it is gone, or the API server is
+            return self.world.node.kubectl("logs", "-n", pod["metadata"]["namespace"], pod["metadata"]["name"])
+        return ""
 
     def one(self, stage: Stage, client: str = "") -> Object:
         """The stage's pod, once it runs."""
@@ -589,7 +591,7 @@ def job_document(name: str, fault: Fault) -> Object:
             "privacy": {
                 "mechanism": "summary",
                 "epsilon": "1",
-                "delta": "1e-5",
+                "delta": "0.00001",
                 "clipNorm": "4.25",
                 "momentClipNorm": "1.75",
             },

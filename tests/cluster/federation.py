@@ -62,7 +62,9 @@ class Federation:
         return json.loads(self.node.kubectl("get", kinds, "-o", "json", *flags))["items"]
 
     def apply(self, *documents: Object) -> None:
-        self.node.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(documents))
+        """As JSON: PyYAML writes the text "1e-5" as what kubectl reads as a number."""
+        everything = {"apiVersion": "v1", "kind": "List", "items": documents}
+        self.node.kubectl("apply", "-f", "-", stdin=json.dumps(everything))
 
     # ---- a job
 

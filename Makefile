@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-all test-local check kube images crds manifests clean
+.PHONY: demo test test-all test-local chaos check kube images crds manifests clean
 
 demo: $(VENV)/.demo
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/digits/demo.sh $(DEMO)
@@ -22,6 +22,10 @@ test-all: check kube images
 
 test-local: check
 	$(BIN)/pytest -n 2 --dist loadfile -m "not cluster"
+
+# Every fault under a job of its own: half an hour. Writes docs/reliability.md.
+chaos: kube images
+	FEDDIFF_CHAOS=docs/reliability.md $(BIN)/pytest -m "chaos or node" tests/cluster/test_chaos.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

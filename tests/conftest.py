@@ -22,9 +22,23 @@ CRDS = Path(__file__).parents[1] / "crds"
 NODE_SECONDS = 1200  # images are built and loaded, and one file of tests may have to wait for another's node
 
 
+LONGEST = {"chaos": "breaks things one after the other for half an hour; left out unless asked for"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Here and not in pyproject.toml, a line of which makes both images anew."""
+    for marker, words in LONGEST.items():
+        config.addinivalue_line("markers", f"{marker}: {words}")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a cluster says so (`-m "not cluster"`), what needs a node too (`-m node`), and may take its time."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What needs a cluster says so (`-m "not cluster"`), what needs a node too (`-m node`), and may take its time. The
+    longest are run when they are asked for by name (`-m chaos`) and else left out."""
+    unasked = [marker for marker in LONGEST if marker not in config.getoption("markexpr")]
+    longest = [item for item in items if any(map(item.get_closest_marker, unasked))]
+    config.hook.pytest_deselected(items=longest)
+    items[:] = [item for item in items if item not in longest]
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if "control_plane" in fixtures or "node" in fixtures or "charts" in item.path.parts:

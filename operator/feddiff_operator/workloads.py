@@ -291,9 +291,9 @@ def _container(attempt: _Attempt) -> Manifest:
 
 
 def _command(attempt: _Attempt) -> list[str]:
+    """The stage below a first process that listens from the start: the kernel keeps SIGTERM from a first process that
+    has not asked for it, and a stage imports for seconds before it does."""
     module, spec = attempt.spec.stage.module, f"{SPEC_FOLDER}/{SPEC_FILE}"
-    if attempt.num_processes == 1:
-        return ["python", "-m", module, spec]
     return ["python", "-m", "feddiff_trainer.ranks", str(attempt.num_processes), module, spec]
 
 
@@ -301,14 +301,11 @@ def _environment(attempt: _Attempt) -> list[Manifest]:
     home = [_variable("HOME", SCRATCH_FOLDER), _variable(METRICS_PORT_VARIABLE, str(METRICS_PORT))]
     if attempt.num_pods * attempt.num_processes == 1:
         return home
-    several_pods = attempt.num_pods > 1
-    address = f"{attempt.name}-0.{attempt.name}" if several_pods else "127.0.0.1"
+    address = f"{attempt.name}-0.{attempt.name}" if attempt.num_pods > 1 else "127.0.0.1"
     index = {"fieldRef": {"fieldPath": f"metadata.annotations['{COMPLETION_INDEX}']"}}
-    one_each = attempt.num_processes == 1
     return [
         *home,
-        {"name": "RANK" if one_each else "NODE_RANK", "valueFrom": index},
-        *([_variable("LOCAL_RANK", "0")] if one_each else []),
+        {"name": "NODE_RANK", "valueFrom": index},
         _variable("WORLD_SIZE", str(attempt.num_pods * attempt.num_processes)),
         _variable("MASTER_ADDR", address),
         _variable("MASTER_PORT", str(MASTER_PORT)),

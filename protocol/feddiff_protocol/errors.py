@@ -39,13 +39,13 @@ class StoreUnavailable(FeddiffError):
 
 
 class OutputFailed(FeddiffError):
-    """Something cannot be written: disk full, read-only store, no permission."""
+    """Something cannot be written: read-only store, no permission, a file that exists."""
 
     exit_code = 73
 
 
 class StorageFailed(FeddiffError):
-    """An input or output error in the middle of work."""
+    """An input or output error in the middle of work, a full disk among them: room comes back."""
 
     exit_code = 74
 

@@ -6,15 +6,12 @@ The story runs once; each test looks at another side of what it left.
 import fcntl
 import hashlib
 import itertools
-import json
 import os
 import re
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -22,16 +19,15 @@ from typing import Any, Self
 import pytest
 from botocore.exceptions import ClientError
 
+from cluster.federation import IMAGES, ROOT, Federation, Watch, need_node, phase
 from cluster.kubernetes import PROGRAMS, RUN, CommandFailed, Node, guard
-from cluster.weed import ADMINISTRATOR, client_of, environment_in
+from cluster.weed import ADMINISTRATOR
 from feddiff_protocol import layout
 from feddiff_protocol.manifest import Manifest
 from feddiff_protocol.stages import Receipt, Stage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.node, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).parents[2]
-IMAGES = Path(os.environ.get("FEDDIFF_IMAGES", Path.home() / ".cache/feddiff/images"))
 OWNERS = ("clinic-a", "clinic-b")
 NAMESPACES = ("research", *OWNERS)
 PHASES = ("Pending", "Reserving", "Releasing", "Training", "Sampling", "Evaluating", "Complete")
@@ -89,48 +85,31 @@ END = "-- end of the block --"
 
 
 @dataclass
-class Story:
+class Story(Federation):
     """What the page's commands left, and what could be seen meanwhile."""
 
-    folder: Path
-    node: Node
-    shell: "Shell"
-    seen: list[Object] = field(default_factory=list)  # every status of the job, in order
-
-    def get(self, kinds: str, *flags: str) -> list[Object]:
-        return json.loads(self.node.kubectl("get", kinds, "-o", "json", *flags))["items"]
+    shell: Shell
+    statuses: list[Object] = field(default_factory=list)  # all of the job's, in order
 
     @property
-    def job(self) -> Object:
-        (job,) = self.get("fdj", "-n", "research")
-        return job
+    def first_job(self) -> Object:
+        return self.job("first-job")
 
     @property
     def uid(self) -> str:
-        return self.job["metadata"]["uid"]
+        return self.first_job["metadata"]["uid"]
 
-    def children(self, kinds: str) -> list[Object]:
-        return self.get(kinds, "--all-namespaces", "-l", f"feddiff.dev/job-uid={self.uid}")
-
-    def s3(self, identity: str) -> Any:
-        return client_of(environment_in(self.folder / f"s3/{identity}.env"))
-
-    def keys(self, bucket: str) -> list[str]:
-        pages = self.s3(ADMINISTRATOR).get_paginator("list_objects_v2").paginate(Bucket=bucket)
-        return [each["Key"] for page in pages for each in page.get("Contents", [])]
-
-    def object(self, identity: str, bucket: str, key: str) -> bytes:
-        return self.s3(identity).get_object(Bucket=bucket, Key=key)["Body"].read()
+    def no_use_waiting(self, status: Object) -> None:
+        """For the job to be Complete, once it has Failed."""
+        if status["phase"] == "Failed":
+            self.shell.kill()
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    if os.geteuid():
-        pytest.fail("tests that run pods need root; `make test-local` leaves them out", pytrace=False)
-    for missing in (path for path in (PROGRAMS / "kube", IMAGES / "trainer.tar") if not path.exists()):
-        pytest.fail(f"{missing} is missing: run `make kube images`", pytrace=False)
+    need_node()
     folder = tmp_path_factory.mktemp("first-job")
-    story = Story(folder, Node(folder / "node"), Shell(folder))
+    story = Story(folder, Node(folder / "node"), OWNERS, Shell(folder))
     with RUN.with_suffix(".lock").open("w") as lock, story.shell:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one node a machine
         watchman = guard(story.node.directory)
@@ -145,64 +124,33 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 def _tell(story: Story) -> None:
     """Everything on the page happens, but for what `make` and the tests' environment have done, up to *Afterwards*."""
-    for block in PAGE[1:-2]:
-        if "job.yaml" in block:
-            threading.Thread(target=_watch, args=(story,), daemon=True).start()
+    blocks = PAGE[1:-2]
+    (applied,) = (number for number, block in enumerate(blocks) if "job.yaml" in block)
+    _type(story, blocks[:applied])
+    with Watch(story, "first-job", story.no_use_waiting) as watch:
+        _type(story, blocks[applied:])
+        watch.until(phase("Complete"), 10)
+    story.statuses = watch.statuses
+
+
+def _type(story: Story, blocks: list[str]) -> None:
+    for block in blocks:
         try:
             story.shell.run(block)
         except CommandFailed as error:
-            pytest.fail(f"{error}\n{_what_went_wrong(story)}", pytrace=False)
-
-
-def _watch(story: Story) -> None:
-    """Writes down every status of the job; once it has Failed, nobody need wait for it to be Complete."""
-    kubeconfig = ["--kubeconfig", str(story.node.kubeconfig)]
-    command = [PROGRAMS / "kubectl", *kubeconfig, "get", "fdj", "-n", "research", "--watch", "-o", "json"]
-    with subprocess.Popen([*command, "--output-watch-events"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for event in _documents(process.stdout):
-            status = event["object"].get("status")
-            if status and status not in story.seen:
-                story.seen.append(status)
-            if status and status["phase"] == "Failed":
-                story.shell.kill()
-            if status and status["phase"] in ("Complete", "Failed"):
-                return process.kill()
-
-
-def _documents(lines: Iterable[str]) -> Iterator[Object]:
-    text = ""
-    for line in lines:
-        text += line
-        with suppress(ValueError):  # it goes on
-            yield json.loads(text)
-            text = ""
-
-
-def _what_went_wrong(story: Story) -> str:
-    parts = []
-    for question in (
-        "get fdj,pds,jobs,pods -A -o wide",
-        "describe fdj -n research",
-        "get events -A --sort-by=.lastTimestamp",
-        "logs -n feddiff-system -l app.kubernetes.io/component=operator --tail=40",
-        *(f"logs -n {namespace} -l feddiff.dev/stage --tail=20 --prefix" for namespace in NAMESPACES),
-    ):
-        with suppress(CommandFailed):
-            parts.append(f"$ kubectl {question}\n{story.node.kubectl(*question.split())[-6000:]}")
-    return "\n".join(parts)
+            pytest.fail(f"{error}\n{story.what_went_wrong()}", pytrace=False)
 
 
 # ---- What the page's commands led to
 
 
 def test_the_job_went_through_its_phases_in_order(story: Story) -> None:
-    phases = [phase for phase, _ in itertools.groupby(status["phase"] for status in story.seen)]
+    phases = [phase for phase, _ in itertools.groupby(status["phase"] for status in story.statuses)]
     assert phases == sorted(set(phases), key=PHASES.index)
     assert {"Releasing", "Training", "Sampling", "Complete"} <= set(phases)
-    for status in story.seen:
+    for status in story.statuses:
         assert {each["type"] for each in status["conditions"]} == CONDITIONS, status["phase"]
-    status = story.job["status"]
+    status = story.first_job["status"]
     true = {each["type"] for each in status["conditions"] if each["status"] == "True"}
     assert true == CONDITIONS - {"Suspended", "Failed"}
     assert (status["clientsSummary"], status["trainer"], status["progress"]) == ("2/2", "2/2", "100 %")
@@ -210,7 +158,7 @@ def test_the_job_went_through_its_phases_in_order(story: Story) -> None:
 
 
 def test_events_tell_the_story_once(story: Story) -> None:
-    events = [each for each in story.get("events", "-n", "research") if each["involvedObject"]["name"] == "first-job"]
+    events = story.events("first-job")
     reasons = [event["reason"] for event in events]
     assert {"Releasing", "Training", "Sampling", "Complete"} <= set(reasons)
     assert len(reasons) == len(set(reasons)), reasons
@@ -218,7 +166,7 @@ def test_events_tell_the_story_once(story: Story) -> None:
 
 
 def test_every_stage_ran_once_and_left_its_receipt(story: Story) -> None:
-    jobs = story.children("jobs")
+    jobs = story.children(story.uid, "jobs")
     found = set()
     for job in jobs:
         labels, annotations = job["metadata"]["labels"], job["metadata"]["annotations"]
@@ -232,7 +180,7 @@ def test_every_stage_ran_once_and_left_its_receipt(story: Story) -> None:
 
 
 def test_two_pods_trained_the_shared_denoiser_together(story: Story) -> None:
-    jobs = story.children("jobs")
+    jobs = story.children(story.uid, "jobs")
     (job,) = (each for each in jobs if each["metadata"]["labels"]["feddiff.dev/stage"] == Stage.TRAIN_SHARED)
     assert (job["spec"]["completions"], job["status"]["succeeded"]) == (2, 2)
     receipt = Receipt.model_validate_json(job["metadata"]["annotations"]["feddiff.dev/receipt"])
@@ -295,7 +243,7 @@ def strays(story: Story) -> list[str]:
     private = tuple(f"{owner}/feddiff/{layout.owner_prefix(uid, owner)}" for owner in OWNERS)
     sealed = tuple(
         f"{each['metadata']['namespace']}/feddiff/{layout.release_prefix(each['metadata']['name'])}"
-        for each in story.get("prl", "--all-namespaces")
+        for each in story.entries()
     )
     known = (*released, *made_by_the_job, *private, *sealed)
     found = {bucket: story.keys(bucket) for bucket in ("federation", *OWNERS)}
@@ -333,7 +281,7 @@ def _report_key(story: Story, owner: str) -> str:
 
 
 def test_pods_lived_under_the_restrictions_and_held_no_token(story: Story) -> None:
-    pods = story.children("pods")
+    pods = story.children(story.uid, "pods")
     assert len(pods) == 4 * len(OWNERS) + 2 + 1
     assert {pod["metadata"]["name"]: liberties(pod) for pod in pods if liberties(pod)} == {}
     for namespace in NAMESPACES:
@@ -365,10 +313,10 @@ def liberties(pod: Object) -> list[str]:
 
 
 def test_what_is_left_afterwards_is_the_ledger(story: Story) -> None:
-    entries = {each["metadata"]["uid"] for each in story.get("prl", "--all-namespaces")}
+    entries = {each["metadata"]["uid"] for each in story.entries()}
     uid = story.uid
     story.shell.run(PAGE[-2])
-    assert {each["metadata"]["uid"] for each in story.get("prl", "--all-namespaces")} == entries
+    assert {each["metadata"]["uid"] for each in story.entries()} == entries
     children = ("jobs,pods,configmaps,services", "--all-namespaces", "-l", f"feddiff.dev/job-uid={uid}")
     for left in (story.get(*children), story.get("deployments,pods", "-n", "feddiff-system")):
         assert [each["metadata"]["name"] for each in left if "deletionTimestamp" not in each["metadata"]] == []

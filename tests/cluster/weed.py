@@ -70,7 +70,22 @@ class Weed:
         """boto3's S3 client as `identity`: another implementation than the one under test."""
         return client_of(self.environment(identity))
 
+    def write_keys(self) -> None:
+        """An env file per identity in the folder: `kubectl create secret generic --from-env-file` takes it."""
+        for identity in self._keys:
+            file = self.folder / f"{identity}.env"
+            file.touch(0o600)
+            file.write_text("".join(f"{name}={value}\n" for name, value in self.environment(identity).items()))
+
     def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """It stores; after a `stop`, at the same address, what it held before, for the same keys."""
         self.folder.mkdir(parents=True, exist_ok=True)
         identities = [
             {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": self._actions[name]}
@@ -82,13 +97,13 @@ class Weed:
         try:
             self._wait_until_it_stores()
         except BaseException:
-            self.__exit__()
+            self.stop()
             raise
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """It is gone, as by kill -9: on SIGTERM it takes 18 s."""
         if self._process is not None:
-            self._process.kill()  # on SIGTERM it takes 18 s
+            self._process.kill()
             self._process.wait()
 
     def _command(self) -> list[str]:
@@ -158,12 +173,13 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def federation_of(owners: Iterable[str]) -> dict[str, list[str]]:
-    """The least that each identity of a federation needs; clients are called as their owners."""
+def federation_of(owners: Iterable[str], clients: Mapping[str, str] | None = None) -> dict[str, list[str]]:
+    """The least that each identity of a federation needs; clients are called as their owners, or as `clients` says."""
     may = {"trainer": seaweedfs_actions(least_access(Role.TRAINER), FEDERATION)}
     for owner in owners:
+        client = (clients or {}).get(owner, owner)
         may[owner] = seaweedfs_actions(least_access(Role.OWNER), f"s3://{owner}/feddiff")
-        may[f"federation-{owner}"] = seaweedfs_actions(least_access(Role.FEDERATION, owner), FEDERATION)
+        may[f"federation-{owner}"] = seaweedfs_actions(least_access(Role.FEDERATION, client), FEDERATION)
     return may
 
 
@@ -172,10 +188,7 @@ def main() -> None:
     folder, address, *owners = sys.argv[1:]
     may = federation_of(owners)
     with Weed(Path(folder).resolve(), may, ["federation", *owners], address) as server:
-        for identity in (ADMINISTRATOR, *may):
-            file = server.folder / f"{identity}.env"
-            file.touch(0o600)
-            file.write_text("".join(f"{name}={value}\n" for name, value in server.environment(identity).items()))
+        server.write_keys()
         (server.folder / "ready").touch()
         signal.sigwait({signal.SIGTERM, signal.SIGINT})
 

@@ -159,9 +159,16 @@ def test_ranks_find_each_other() -> None:
     )  # fmt: skip
     assert child["spec"]["template"]["spec"]["subdomain"] == name
     seen = environment(Stage.TRAIN_SHARED)
-    assert seen["MASTER_ADDR"] == f"{name}-0.{name}" and seen["WORLD_SIZE"] == "2" and seen["LOCAL_RANK"] == "0"
-    assert "job-completion-index" in seen["RANK"]["fieldRef"]["fieldPath"]
-    assert container(Stage.TRAIN_SHARED)["command"][:3] == ["python", "-m", "feddiff_trainer.train_shared"]
+    assert seen["MASTER_ADDR"] == f"{name}-0.{name}" and seen["WORLD_SIZE"] == "2"
+    assert "job-completion-index" in seen["NODE_RANK"]["fieldRef"]["fieldPath"]
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_every_stage_has_a_first_process_that_hears_sigterm_while_it_imports(stage: Stage) -> None:
+    client = "" if stage in (Stage.TRAIN_SHARED, Stage.REPORT) else "a"
+    assert container(stage, client)["command"] == [
+        "python", "-m", "feddiff_trainer.ranks", "1", stage.module, "/etc/feddiff/spec.json",
+    ]  # fmt: skip
 
 
 def test_several_processes_of_a_pod_are_started_by_one_that_says_what_they_said() -> None:

@@ -10,7 +10,14 @@ import torch
 from structlog.testing import capture_logs
 from torch import Tensor
 
-from feddiff_protocol.errors import DataInvalid, InputMissing, OutputFailed, StoreUnavailable
+from feddiff_protocol.errors import (
+    DataInvalid,
+    FeddiffError,
+    InputMissing,
+    OutputFailed,
+    StorageFailed,
+    StoreUnavailable,
+)
 from feddiff_trainer import checkpoints, stores
 from feddiff_trainer.checkpoints import Checkpoint, Checkpoints, Saver, decode, encode
 from feddiff_trainer.stores import FolderStore
@@ -184,7 +191,7 @@ def test_full_disk_says_so_and_keeps_the_older(tmp_path: Path, monkeypatch: pyte
 
     kept = kept_in(tmp_path)
     kept.save(a_checkpoint(1))
-    with monkeypatch.context() as patched, pytest.raises(OutputFailed, match="No space left on device; make room"):
+    with monkeypatch.context() as patched, pytest.raises(StorageFailed, match="No space left on device; make room"):
         patched.setattr(stores.os, "fsync", full)
         kept.save(a_checkpoint(2))
     assert newest_step(kept) == 1
@@ -355,12 +362,13 @@ def test_last_one_waits_for_the_one_on_its_way(gate: Gate) -> None:
     assert gate.most_inside == 1 and newest_step(Checkpoints(gate, RUN)) == 2
 
 
-def test_outage_is_logged_and_the_next_checkpoint_tries_again(gate: Gate) -> None:
+@pytest.mark.parametrize("error", [StoreUnavailable("s3://x: it does not answer"), StorageFailed("file:///x: no room")])
+def test_outage_or_full_disk_is_logged_and_the_next_checkpoint_tries_again(gate: Gate, error: FeddiffError) -> None:
     gate.let_through.set()
-    gate.error = StoreUnavailable("s3://x: the store does not answer; try again")
+    gate.error = error
     with capture_logs() as logs, Saver(Checkpoints(gate, RUN)) as saver:
         saver.begin(a_checkpoint(1))
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(type(error)):
             saver.finish(a_checkpoint(2))
         gate.error = None
         saver.begin(a_checkpoint(3))
@@ -373,10 +381,10 @@ def test_outage_is_logged_and_the_next_checkpoint_tries_again(gate: Gate) -> Non
 
 def test_what_no_try_can_mend_ends_the_training_with_the_next_checkpoint(gate: Gate) -> None:
     gate.let_through.set()
-    gate.error = OutputFailed("disk full")
+    gate.error = OutputFailed("access denied")
     with Saver(Checkpoints(gate, RUN)) as saver:
         saver.begin(a_checkpoint(1))
-        with pytest.raises(OutputFailed, match="disk full"):
+        with pytest.raises(OutputFailed, match="access denied"):
             saver.finish(a_checkpoint(2))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cluster.weed import Weed, federation_of
 from feddiff_protocol import layout
 from feddiff_protocol.errors import FeddiffError, Interrupted
+from feddiff_trainer import stores
 from feddiff_trainer.checkpoints import Checkpoint, Checkpoints
 from feddiff_trainer.stores import Store, open_store
 from feddiff_trainer.training import BatchLoss, World, train
@@ -162,6 +163,7 @@ def test_training_outlives_an_outage_and_goes_on_bit_for_bit_after_a_stop(tmp_pa
     with Weed(tmp_path / "s3", {}, ["federation"]) as server, pytest.MonkeyPatch.context() as environment:
         for name, value in server.environment("administrator").items():
             environment.setenv(name, value)
+        environment.setattr(stores, "BUCKET_PATIENCE_SECONDS", 0.5)
         kept = Checkpoints(open_store("s3://federation/jobs"), SHARED)
         seen: list[list[int]] = []
 

@@ -21,13 +21,12 @@ STAGE = textwrap.dedent(
         sys.exit(75)
 
     what = sys.argv[1].split(",")[int(os.environ["LOCAL_RANK"])]
-    if what != "deaf":
-        signal.signal(signal.SIGTERM, stop)
-    else:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    heard = {"deaf": signal.SIG_IGN, "imports": signal.SIG_DFL}.get(what, stop)
+    signal.signal(signal.SIGTERM, heard)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
-    print("up", *(os.environ.get(name) for name in names), file=sys.stderr, flush=True)
-    if what in ("waits", "deaf"):
+    up = " ".join(["up", *(str(os.environ.get(name)) for name in names)])
+    os.write(2, f"{up}\\n".encode())  # at once: ranks share the pipe
+    if what in ("waits", "deaf", "imports"):
         while True:
             signal.pause()
     if os.environ["RANK"] == "0":
@@ -86,6 +85,23 @@ def test_sigterm_reaches_every_rank_and_is_an_interruption(tmp_path: Path) -> No
     pod.up(2)
     pod.process.send_signal(signal.SIGTERM)
     assert pod.ended() == (75, "")
+
+
+def test_a_stage_that_is_stopped_while_it_imports_is_interrupted(tmp_path: Path) -> None:
+    pod = Pod(tmp_path, "imports")
+    pod.up(1)
+    pod.process.send_signal(signal.SIGTERM)
+    assert pod.ended() == (75, "")
+
+
+@pytest.mark.parametrize(("behaviour", "threads"), [("0", "None"), ("0,0", "1")])
+def test_processes_of_one_pod_share_its_cores_and_a_single_one_has_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str, threads: str
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    pod = Pod(tmp_path, behaviour)
+    assert {line.split()[-1] for line in pod.up(1 + behaviour.count(","))} == {threads}
+    assert pod.ended()[0] == 0
 
 
 @pytest.mark.parametrize(

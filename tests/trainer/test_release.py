@@ -699,7 +699,7 @@ def test_failure_of_a_store_at_any_step_is_reported_and_mended_by_a_retry(
     assert failed > 20  # only what was to be deleted anyway may fail in silence
 
 
-def test_full_disk_at_any_write_is_output_failed_and_mended_by_a_retry(
+def test_full_disk_at_any_write_is_tried_again_and_mended_by_it(
     records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, write_durably = spec_of(records), stores._write_durably
@@ -719,7 +719,7 @@ def test_full_disk_at_any_write_is_output_failed_and_mended_by_a_retry(
         left, answer = writes, ""
         try:
             answer = release(spec, owner_store=owner, federation_store=federation, normals=os_entropy_normals())
-        except OutputFailed as error:
+        except StorageFailed as error:
             assert "No space left on device" in str(error)
         visible = {key: federation.get(key) for key in federation.list(f"{UID}/")}
         left = -1

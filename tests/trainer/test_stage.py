@@ -86,7 +86,7 @@ def test_error_of_the_tree_is_one_line_and_its_code(
 
 @pytest.mark.parametrize(
     ("code", "expected"),
-    [(errno.ENOSPC, 73), (errno.EROFS, 73), (errno.EACCES, 73), (errno.EDQUOT, 73), (errno.EIO, 74)],
+    [(errno.ENOSPC, 74), (errno.EROFS, 73), (errno.EACCES, 73), (errno.EDQUOT, 74), (errno.EIO, 74)],
 )
 def test_error_of_the_disk_is_one_line(run: Run, capfd: pytest.CaptureFixture[str], code: int, expected: int) -> None:
     def fail(spec: ReleaseSpec) -> dict[str, str]:
@@ -207,7 +207,7 @@ def test_failed_hand_over_leaves_no_torn_receipt(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(stage.os, "replace", fail)
-    assert run(succeed) == 73
+    assert run(succeed) == 74
     assert [path.name for path in tmp_path.iterdir()] == ["SPEC.json"]
     assert capfd.readouterr().out == ""
 

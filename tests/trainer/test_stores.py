@@ -1,5 +1,7 @@
+import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import re
 import threading
@@ -86,13 +88,19 @@ class S3Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[S3Handler]]:
     handler = type("Handler", (S3Handler,), {"objects": {}, "honours_conditions": True, "status": None})
+    with served(handler, monkeypatch):
+        yield handler
+
+
+@contextlib.contextmanager
+def served(handler: type[S3Handler], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     environment = {"ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "ALLOW_HTTP": "true", "REGION": "here"}
     for name, value in (environment | {"SKIP_SIGNATURE": "true"}).items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    yield handler
+    yield
     server.shutdown()
     thread.join()
     server.server_close()
@@ -204,19 +212,36 @@ def test_answer_of_a_bucket_becomes_an_error_of_the_tree(
 
 
 def test_bucket_that_is_not_there_is_unavailable(monkeypatch: pytest.MonkeyPatch, bucket: type[S3Handler]) -> None:
-    monkeypatch.setattr(stores, "BUCKET_RETRIES", 0)
+    monkeypatch.setattr(stores, "BUCKET_PATIENCE_SECONDS", 0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(StoreUnavailable, match="does not answer"):
         open_store("s3://bucket/prefix").get("a")
 
 
+@pytest.mark.parametrize(("seconds", "is_told"), [(30.0, False), (0.0, True)])
+def test_an_outage_is_told_only_when_it_lasts_longer_than_patience(
+    monkeypatch: pytest.MonkeyPatch, bucket: type[S3Handler], seconds: float, is_told: bool
+) -> None:
+    tries = itertools.count(1)
+
+    class Restarting(bucket):  # type: ignore[valid-type, misc]
+        def answer(self, status: int, body: bytes = b"") -> None:
+            super().answer(503 if next(tries) < 20 else status, body)
+
+    monkeypatch.setattr(stores, "BUCKET_PATIENCE_SECONDS", seconds)
+    monkeypatch.setattr(stores, "BUCKET_PAUSE_SECONDS", 0.001)
+    with served(Restarting, monkeypatch), pytest.raises(StoreUnavailable) if is_told else contextlib.nullcontext():
+        open_store("s3://bucket/prefix").put("a", b"data")
+    assert next(tries) == (2 if is_told else 21)
+
+
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        (errno.ENOSPC, OutputFailed),
+        (errno.ENOSPC, StorageFailed),  # room comes back, so it is tried again
         (errno.EROFS, OutputFailed),
         (errno.EACCES, OutputFailed),
-        (errno.EDQUOT, OutputFailed),
+        (errno.EDQUOT, StorageFailed),
         (errno.EIO, StorageFailed),
     ],
 )
@@ -348,6 +373,6 @@ def test_a_bucket_is_reached_by_the_owners_settings(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     open_store("s3://bucket/prefix", "owner").put("a", b"data")
     assert open_store("s3://bucket/prefix", "owner").get("a") == b"data"
-    monkeypatch.setattr(stores, "BUCKET_RETRIES", 0)
+    monkeypatch.setattr(stores, "BUCKET_PATIENCE_SECONDS", 0)
     with pytest.raises(StoreUnavailable):
         open_store("s3://bucket/prefix", "federation").get("a")

@@ -31,7 +31,9 @@ print(store.create("race/seal.json", sys.argv[2].encode() * 10_000))
 STAGE = """
 import sys
 from feddiff_protocol.errors import FeddiffError
+from feddiff_trainer import stores
 from feddiff_trainer.stores import open_store
+stores.BUCKET_PATIENCE_SECONDS = 0
 try:
     getattr(open_store(sys.argv[1], "owner"), sys.argv[2])(*sys.argv[3:4], *(each.encode() for each in sys.argv[4:]))
 except FeddiffError as error:

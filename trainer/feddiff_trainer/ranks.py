@@ -3,7 +3,12 @@
 torchrun ends with 1 whatever its ranks end with, and so hides a privacy refusal (77), which is never tried again, and
 an interruption (75), which always is. Here the ranks are plain processes; SIGTERM is passed on to them, when one fails
 the others are stopped, and the exit code is that of the rank which explains the end. The environment names WORLD_SIZE,
-MASTER_ADDR, MASTER_PORT and NODE_RANK, the pod's number. Nothing is written to stdout but what rank 0 writes there.
+MASTER_ADDR, MASTER_PORT and NODE_RANK, the pod's number; none of them where one process is all. Nothing is written to
+stdout but what rank 0 writes there.
+
+A single process starts this way, too. As a container's first process it would not get SIGTERM before it has imported
+everything and asks for it: the kernel drops it, and a pod that is stopped in its first seconds would go on until it is
+killed. As a child it dies of it, which is an interruption.
 """
 
 import os
@@ -77,7 +82,8 @@ def _arguments(argv: Sequence[str]) -> tuple[int, str, str]:
 
 def _start(local_rank: int, num_processes: int, module: str, spec: str) -> "subprocess.Popen[bytes]":
     rank = int(os.environ.get("NODE_RANK", "0")) * num_processes + local_rank
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # or each would take all cores
+    several = num_processes > 1 and "OMP_NUM_THREADS" not in os.environ
+    threads = {"OMP_NUM_THREADS": "1"} if several else {}  # or each would take all cores
     environment = {**os.environ, **threads, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
     return subprocess.Popen([sys.executable, "-m", module, spec], env=environment)
 

@@ -27,7 +27,7 @@ from feddiff_protocol.api import parse
 from feddiff_protocol.errors import FeddiffError, InputMissing, Interrupted, SpecInvalid, UsageInvalid
 from feddiff_protocol.stages import Receipt, Stage, StageSpec
 
-from .stores import UNWRITABLE
+from .stores import FULL, UNWRITABLE
 from .telemetry import progressed, telling
 
 S = TypeVar("S", bound=StageSpec)
@@ -109,8 +109,11 @@ def _exit_code_of(error: OSError) -> int:
     """One line for a full disk and its like, a traceback for what should not have happened."""
     where = error.filename or "output"
     if error.errno in UNWRITABLE:
-        print(f"feddiff: {where}: cannot be written: {error.strerror}; make room or give permission", file=sys.stderr)
+        print(f"feddiff: {where}: cannot be written: {error.strerror}; give permission", file=sys.stderr)
         return OUTPUT_FAILED
+    if error.errno in FULL:
+        print(f"feddiff: {where}: cannot be written: {error.strerror}; make room, then try again", file=sys.stderr)
+        return STORAGE_FAILED
     if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
         print(f"feddiff: {where}: input/output failed: {error.strerror}; try again", file=sys.stderr)
         return STORAGE_FAILED

@@ -12,8 +12,9 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 from urllib.parse import unquote
 
 from feddiff_protocol import layout
@@ -28,21 +29,27 @@ from feddiff_protocol.errors import (
     StoreUnavailable,
 )
 
+if TYPE_CHECKING:
+    from obstore.store import BackoffConfig, RetryConfig
+
 T = TypeVar("T")
 
 KEY_LENGTH = 512
-BUCKET_RETRIES = 5  # a longer outage is for whoever starts stages: exit code 69
+# Of one call, before it ends in 69. The four attempts that a stage has unless told otherwise so outlive two
+# minutes without a store. Half of a pod's grace period: a call that waits hears no signal.
+BUCKET_PATIENCE_SECONDS = 30.0
+BUCKET_PAUSE_SECONDS = 2.0  # at most, between two tries
 PIECE_BYTES = 1 << 20
 _KEY_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # a leading dot is for files in the making
 
 # What a store's operation may end in; not all of FeddiffError, which a signal may raise anywhere.
 FAILURES = (InputMissing, OutputFailed, StorageFailed, StoreUnavailable)
 
+# Room comes back: somebody makes it, or what filled it ends.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 # A second try would meet the same wall.
 UNWRITABLE = frozenset(
     {
-        errno.ENOSPC,
-        errno.EDQUOT,
         errno.EFBIG,
         errno.EROFS,
         errno.EACCES,
@@ -297,8 +304,11 @@ def _write_errors(where: str) -> Iterator[None]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         if error.errno in UNWRITABLE:
             raise OutputFailed(
-                f"{where}: expected a place that can be written, found: {reason}; make room or give permission,"
-                " then run it again"
+                f"{where}: expected a place that can be written, found: {reason}; give permission, then run it again"
+            ) from error
+        if error.errno in FULL:
+            raise StorageFailed(
+                f"{where}: expected room to write, found: {reason}; make room, then try again"
             ) from error
         raise StorageFailed(f"{where}: writing failed: {reason}; try again") from error
 
@@ -318,7 +328,7 @@ class BucketStore:
         self.uri = uri
         self._obstore = obstore
         try:
-            self._bucket = S3Store.from_url(uri, retry_config={"max_retries": BUCKET_RETRIES})
+            self._bucket = S3Store.from_url(uri, retry_config=_patience())
         except (BaseError, ValueError) as error:
             raise ConfigurationInvalid(f"store {uri}: {_first_line(error)}; correct the address or AWS_…") from error
 
@@ -391,6 +401,15 @@ class BucketStore:
             if _REFUSED.search(str(error)):
                 raise refused(f"{where}: {_first_line(error)}; check the address and who may use it") from error
             raise StoreUnavailable(f"{where}: the store does not answer: {_first_line(error)}; try again") from error
+
+
+def _patience() -> "RetryConfig":
+    """How obstore tries a call again, for as long as we have patience."""
+    first, most, all_of_them = (
+        timedelta(seconds=each) for each in (BUCKET_PAUSE_SECONDS / 20, BUCKET_PAUSE_SECONDS, BUCKET_PATIENCE_SECONDS)
+    )
+    pauses: BackoffConfig = {"init_backoff": first, "max_backoff": most, "base": 2}
+    return {"max_retries": 10_000, "retry_timeout": all_of_them, "backoff": pauses}
 
 
 def _first_line(error: Exception) -> str:

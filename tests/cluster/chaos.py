@@ -335,6 +335,7 @@ def api_server_killed(x: Experiment) -> None:
         x.world.node.kill("kube-apiserver")
         time.sleep(5)
         x.world.node.start("kube-apiserver")
+        x.wait("the API server", x.job)
 
 
 def store_gone_for_a_minute(x: Experiment) -> None:
@@ -552,7 +553,7 @@ def carry_out(laboratory: Laboratory, fault: Fault, number: int) -> Outcome:
     uid = laboratory.world.job(name)["metadata"]["uid"]
     x = Experiment(laboratory, fault, name, uid)
     fault.strike(x)
-    attempts: dict[StageKey, int] = dict(x.attempts())
+    attempts: dict[StageKey, int] = {}
     recovered = None
     if fault.end:
         if x.hit and fault.end == "Complete":

@@ -78,7 +78,9 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _attempts(outcome: Outcome) -> str:
-    """Of the stages that took more than one."""
+    """Of the stages that took more than one; nothing is left of a job that is gone."""
+    if not outcome.attempts:
+        return "–"
     more = sorted((f"{stage.value} {client}".strip(), number) for (stage, client), number in outcome.attempts.items())
     return ", ".join(f"{number} × {stage}" for stage, number in more if number > 1) or "one each"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import structlog
 
 from cluster.kubernetes import RUN, ControlPlane, Node, ProgramsMissing
 
@@ -47,6 +48,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.node)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(NODE_SECONDS))
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """A stage or an operator that a test runs in its own process logs to that test's stderr, which then is closed: the
+    next test's log goes elsewhere."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

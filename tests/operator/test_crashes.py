@@ -294,8 +294,9 @@ workloads.child_name = observe.child_name = lambda *key: f"{named(*key)}-{os.get
         """
 import os
 from feddiff_operator import ledger
+from feddiff_protocol import ledger as requests
 named = ledger.release_name
-ledger.release_name = lambda *key: f"{named(*key)[:-8]}{os.getpid():08x}"
+ledger.release_name = requests.release_name = lambda *key: f"{named(*key)[:-8]}{os.getpid():08x}"
 """,
     ),
     "a release begins before its charge": (

@@ -40,7 +40,8 @@ class Held:
     pattern: re.Pattern[str]
     most: int
     answered: bool
-    num_here: int = 0
+    num_taken: int = 0
+    num_here: int = 0  # of the taken ones, those that have come to where they are kept
     _here: threading.Condition = field(default_factory=threading.Condition)
     _gone: threading.Event = field(default_factory=threading.Event)
 
@@ -54,13 +55,15 @@ class Held:
 
     def takes(self, request: str) -> bool:
         with self._here:
-            if self.num_here >= self.most or self._gone.is_set() or not self.pattern.search(request):
+            if self.num_taken >= self.most or self._gone.is_set() or not self.pattern.search(request):
                 return False
-            self.num_here += 1
-            self._here.notify_all()
+            self.num_taken += 1
             return True
 
-    async def gone(self) -> None:
+    async def keep(self) -> None:
+        with self._here:
+            self.num_here += 1
+            self._here.notify_all()
         await asyncio.to_thread(self._gone.wait)
 
 
@@ -116,12 +119,12 @@ class Gate:
         name = f"{request.method} {request.path}"
         taken = next((each for each in self._held if each.takes(name)), None)
         if taken and not taken.answered:
-            await taken.gone()
+            await taken.keep()
         status, content, headers = await self._forwarded(request, body)
         if request.method == "PUT":
             self.writes.append(Write(request.path, hashlib.sha256(body).hexdigest(), status))
         if taken and taken.answered:
-            await taken.gone()
+            await taken.keep()
         if status is None:
             if request.transport is not None:
                 request.transport.abort()  # as a server that is not there

@@ -105,8 +105,11 @@ def test_a_suspended_job_goes_on_with_new_attempts_and_the_same_releases(world: 
                 await cluster.patch(FDJ, world.research, "job", {"spec": {"suspend": False}})
                 await world.until(
                     cluster,
-                    lambda job: any(
-                        each["succeeded"] for each in job["status"]["stages"] if each["stage"] == "train-shared"
+                    lambda job: (
+                        len(kubelet.specs["train-shared/"]) == 2
+                        and any(
+                            each["succeeded"] for each in job["status"]["stages"] if each["stage"] == "train-shared"
+                        )
                     ),
                 )
             assert [spec["attempt"] for spec in kubelet.specs["train-shared/"]] == [2, 2]

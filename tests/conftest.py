@@ -23,7 +23,10 @@ CRDS = Path(__file__).parents[1] / "crds"
 NODE_SECONDS = 1200  # images are built and loaded, and one file of tests may have to wait for another's node
 
 
-LONGEST = {"chaos": "breaks things one after the other for half an hour; left out unless asked for"}
+LONGEST = {
+    "chaos": "breaks things one after the other for half an hour; left out unless asked for",
+    "sweep": "kills an operator at every call of a job, half an hour; left out unless asked for",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -27,7 +26,6 @@ from feddiff_protocol.ledger import inconsistency
 from feddiff_protocol.ledger_objects import account_of, entry_of
 
 Object = dict[str, Any]
-BY_HAND = os.environ.get("FEDDIFF_SWEEP") == "all"
 LANES = 6  # jobs side by side, each with an operator of its own
 REST_SECONDS = 1.0  # an operator that asks for nothing so long has nothing to do
 PATIENCE_SECONDS = 900
@@ -372,7 +370,7 @@ class Sweep:
         return [f"{'after' if death.answered else 'before'} call {death.at}, {death.call}: {fault}" for fault in found]
 
 
-@pytest.mark.skipif(not BY_HAND, reason="every call of a job, 340 jobs, takes half an hour: FEDDIFF_SWEEP=all")
+@pytest.mark.sweep
 @pytest.mark.timeout(7200)
 def test_killed_once_at_any_call_it_spends_nothing_twice(
     control_plane: ControlPlane, new_world: Callable[[], Any]

@@ -308,6 +308,10 @@ class Node(ControlPlane):
     NetworkPolicies are stored but not enforced: the bridge has no policy engine.
     """
 
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        shutil.rmtree(self.directory / "containerd", ignore_errors=True)  # 10 GB with our images; the logs stay
+
     @property
     def address(self) -> str:
         return NODE_ADDRESS

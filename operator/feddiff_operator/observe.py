@@ -191,6 +191,14 @@ def overdue(
     return [deadline for deadline in deadlines(job, jobs, pods) if deadline.at <= now]
 
 
+def releasing_since(jobs: Iterable[Object], pods: Iterable[Object]) -> datetime | None:
+    """When the first release began to run; None while all of them wait for their queue, a node or their image."""
+    by_job = pods_by_job(pods)
+    releases = (each for each in jobs if key_of(each)[0] is Stage.RELEASE)
+    moments = (_began(each, pods_of(each, by_job.get(name_of(each), []))) for each in releases)
+    return min((moment for moment in moments if moment is not None), default=None)
+
+
 def waiting(jobs: Iterable[Object], pods: Iterable[Object], now: datetime | None = None) -> list[str]:
     """What keeps attempts from running, in the words of queue, scheduler and kubelet; equal words said once.
 
@@ -427,6 +435,14 @@ def _deadline(job: FederatedDiffusionJob, child: Object, pods: Sequence[Object])
     metadata = child["metadata"]
     at = since + timedelta(seconds=seconds)
     return Deadline(metadata.get("namespace", "default"), metadata["name"], key, at, reason, words)
+
+
+def _began(job: Object, pods: Sequence[Object]) -> datetime | None:
+    """When the attempt began to run; of one whose pods are gone, when its Job was let start."""
+    if (since := running_since(job, pods)) is not None:
+        return since
+    started = job.get("status", {}).get("startTime")
+    return time_of(started) if started and {RECEIPT, EXIT_CODE} & annotations_of(job).keys() else None
 
 
 # ---- Waiting -----------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from feddiff_operator.observe import (
     client_observed,
     overdue,
     record_of,
+    releasing_since,
     retry_at,
     stages_observed,
     waiting,
@@ -106,6 +107,7 @@ class World:
             stages = with_recorded_release(stages, UID, name, self.manifests.get(name, ""))
             refusal = self.refusals.get(name, "") if self.holds[name] is not Hold.CHARGED else ""
             clients[name] = client_observed(self.asked, name, self.datasets[name], self.holds[name], refusal, SETTING)
+        self.releasing_since = self.releasing_since or releasing_since(jobs, pods)
         since, limit = self.releasing_since, self.asked.spec.deadlines.release_seconds
         late = since is not None and limit is not None and self.now >= since + timedelta(seconds=limit)
         counted = tuple(self.found.get("status", {}).get("counted", ()))
@@ -165,7 +167,6 @@ class World:
     def start(self, stage: Stage, client: str, attempt: int) -> None:
         if stage is Stage.RELEASE:
             assert self.holds[client] is Hold.CHARGED, "released without a charge"
-            self.releasing_since = self.releasing_since or self.now
         child = batch_job(stage, client, attempt, asked=self.asked, created=self.now)
         beside = [each for each in self.live_pods() if same_stage(each, child) and not self.zombie(each)]
         assert not beside, "a second attempt beside a running one"

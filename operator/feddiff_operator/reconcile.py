@@ -81,6 +81,7 @@ from .observe import (
     releasing_since,
     retry_at,
     stages_observed,
+    stopping,
     waiting,
     with_recorded_release,
 )
@@ -409,9 +410,8 @@ class Reconciler:
             await self._suspend(metadata["namespace"], metadata["name"], {STOPPED: reason})
 
     async def _suspend(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None:
-        """The batch Job says why it was stopped: its controller sends SIGTERM, and it stays as a record."""
-        change = {"metadata": {"annotations": dict(annotations)}, "spec": {"suspend": True}}
-        await self.cluster.patch(JOB, namespace, name, change)
+        """The batch Job is stopped, and says why."""
+        await self.cluster.patch(JOB, namespace, name, stopping(annotations))
 
     async def _start(
         self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]

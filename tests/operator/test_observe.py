@@ -306,6 +306,15 @@ def test_a_stopped_job_runs_until_its_pods_are_gone_and_is_no_failure() -> None:
     assert both(stopped(release()), [left]) == StageObserved(StagePhase.STOPPED, 1, message="stopped: Suspended")
 
 
+def test_a_stopped_job_that_its_queue_lets_go_on_runs_until_its_controller_ends_it() -> None:
+    let_go_on = release(annotations={STOPPED: "Suspended"}, suspend=False)
+    assert observed(let_go_on).phase is StagePhase.RUNNING
+    ends = with_condition(let_go_on, "FailureTarget", NOW)
+    assert observed(ends, [pod(let_go_on)]).phase is StagePhase.RUNNING
+    for each in (ends, failed(let_go_on)):
+        assert observed(each) == StageObserved(StagePhase.STOPPED, 1, message="stopped: Suspended")
+
+
 def test_a_stage_that_succeeded_while_it_was_stopped_has_succeeded() -> None:
     last = pod(release(), "Succeeded", exit_code=0, message=receipt(*RELEASE), deleted=NOW)
     assert both(stopped(release()), [last]).phase is StagePhase.SUCCEEDED
@@ -596,4 +605,6 @@ def test_a_job_is_over_when_it_has_ended_or_stays_stopped() -> None:
     assert is_over(complete(release())) and is_over(failed(release())) and is_over(stopped(release()))
     assert not is_over(release()) and not is_over(release(suspend=True))
     let_go_on = release(annotations={STOPPED: "Suspended"}, suspend=False)  # its queue admitted it again
-    assert not is_over(let_go_on)
+    assert not is_over(let_go_on), "it has time left"
+    let_go_on["spec"] |= {"activeDeadlineSeconds": 0}
+    assert is_over(let_go_on)

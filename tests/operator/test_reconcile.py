@@ -318,6 +318,55 @@ def test_a_job_suspended_in_any_phase_completes_after_it(stop_at: str) -> None:
     assert len(world.entries()) == 2
 
 
+async def suspended_under_kueue(world: World) -> None:
+    """In training, by a queue that starts every suspended Job again, as Kueue does while its Workload is admitted."""
+    operator = world.operator()
+    await world.go_on(operator, lambda: {stage for stage, _ in running(world)} == {"train-shared", "train-personal"})
+    await world.platform.patch(FDJ, "research", "job", SUSPENDED)
+    for _ in range(12):
+        await world.look(operator)
+        world.platform.live(world.now)
+        for child in world.platform.peek(JOB):
+            if child["spec"].get("suspend"):
+                world.platform.put(JOB, {**child, "spec": {**child["spec"], "suspend": False}})
+        world.platform.live(world.now)
+
+
+def first_trainings_go_on(world: World) -> Callable[[Object, Object], tuple[int, str] | None]:
+    def outcome(pod: Object, child: Object) -> tuple[int, str] | None:
+        labels = child["metadata"]["labels"]
+        goes_on = labels["feddiff.dev/stage"].startswith("train") and labels["feddiff.dev/attempt"] == "1"
+        return None if goes_on else world.good(pod, child)
+
+    return outcome
+
+
+def test_a_queue_cannot_start_again_what_was_stopped_and_the_next_attempt_completes() -> None:
+    world = World()
+    world.platform.outcome = first_trainings_go_on(world)
+
+    async def story() -> None:
+        await suspended_under_kueue(world)
+        assert world.status["phase"] == "Suspended" and running(world) == set()
+        assert len(world.platform.started) == 2 + 2 + 2, "two releases, two ranks, two owners' trainings"
+        await world.platform.patch(FDJ, "research", "job", {"spec": {"suspend": False}})
+        await world.go_on(world.operator(), world.ended)
+
+    asyncio.run(story())
+    assert world.status["phase"] == "Complete"
+    world.in_order()
+
+
+def test_a_stop_that_only_suspends_would_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: pods come and go."""
+    stopping = reconcile.stopping
+    monkeypatch.setattr(reconcile, "stopping", lambda why: stopping(why) | {"spec": {"suspend": True}})
+    world = World()
+    world.platform.outcome = first_trainings_go_on(world)
+    asyncio.run(suspended_under_kueue(world))
+    assert len(world.platform.started) > 2 + 2 + 2
+
+
 def test_an_ended_job_is_deleted_when_its_time_has_passed() -> None:
     world = World(ttlSecondsAfterFinished=100)
 

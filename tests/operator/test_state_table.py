@@ -38,6 +38,7 @@ from feddiff_operator.observe import (
     releasing_since,
     retry_at,
     stages_observed,
+    stopping,
     waiting,
     with_recorded_release,
 )
@@ -178,8 +179,9 @@ class World:
         return bool(deleted) and self.now > datetime.fromisoformat(deleted) + timedelta(seconds=60)
 
     def stop(self, name: str, annotations: dict[str, str]) -> None:
-        self.children[name]["spec"]["suspend"] = True
-        self.children[name]["metadata"]["annotations"] |= annotations
+        change = stopping(annotations)
+        self.children[name]["spec"] |= change["spec"]
+        self.children[name]["metadata"]["annotations"] |= change["metadata"]["annotations"]
 
     # -- the Job controller and the kubelet
 
@@ -209,6 +211,10 @@ class World:
             if not [each for each in live if each["metadata"]["name"] not in self.stuck]:
                 self.set_condition(child, "Suspended")
             return
+        if child["spec"].get("activeDeadlineSeconds") == 0:
+            for each in live:
+                self.delete(each)
+            return self.set_condition(child, "FailureTarget" if live else "Failed")
         if child["metadata"]["name"] in self.unseen:
             return self.set_condition(child, "Failed")
         if any(each["type"] == "Suspended" for each in child["status"]["conditions"]):
@@ -584,8 +590,8 @@ def trouble(world: World) -> None:
             event = draw.choice(list(STAGE_EVENTS.values()) + [succeeds] * 20)
             event(world, child)
     elif kind < 0.85:
-        for child in world.children.values():  # its queue admits it again
-            child["spec"]["suspend"] = "feddiff.dev/stopped" in child["metadata"]["annotations"]
+        for child in world.children.values():  # its queue admits it again, and what we have stopped, too
+            child["spec"]["suspend"] = False
     elif kind < 0.92:
         suspend(world, draw.random() < 0.3)
     elif kind < 0.97:
@@ -602,7 +608,7 @@ def calm(world: World) -> None:
     world.now += timedelta(seconds=301)
     world.stuck.clear()
     for child in world.children.values():
-        child["spec"]["suspend"] = "feddiff.dev/stopped" in child["metadata"]["annotations"]
+        child["spec"]["suspend"] = False
     for each in world.live_pods():
         if "deletionTimestamp" not in each["metadata"]:
             world.succeed(each)

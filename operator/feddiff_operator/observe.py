@@ -511,7 +511,7 @@ def client_observed(
         return ClientObserved(hold, words, Reason.IMAGE_NOT_ALLOWED)
     try:
         workloads.places(job, {client: dataset})
-        workloads.check_overlay(dataset.spec.pod_template, f"{client}: spec.podTemplate")
+        workloads.check_overlay(dataset.spec.pod_template, f"{client}: spec.podTemplate", identities=True)
     except workloads.InvalidPodTemplate as error:
         return ClientObserved(hold, str(error), Reason.INVALID_POD_TEMPLATE)
     except SpecInvalid as error:

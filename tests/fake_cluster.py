@@ -174,11 +174,15 @@ class Platform(FakeCluster):
             for pod in pods:
                 self.remove(POD, pod["metadata"]["namespace"], pod["metadata"]["name"])
             if "Suspended" not in conditions:
-                self._conclude(job, "Suspended", moment)
+                self._conclude(_merged(job, {"status": {"startTime": None}}), "Suspended", moment)
+        elif job["spec"].get("activeDeadlineSeconds") == 0:
+            for pod in pods:
+                self.remove(POD, pod["metadata"]["namespace"], pod["metadata"]["name"])
+            self._conclude(job, "Failed", moment)
         elif not pods and job["status"].get("startTime"):
             self._conclude(job, "Failed", moment)  # somebody deleted it: backoffLimit is 0
         elif not pods:
-            self.put(JOB, _merged(job, {"status": {"startTime": moment}}))
+            self.put(JOB, _merged(job, {"status": {"startTime": moment, "conditions": []}}))
             for index in range(job["spec"]["parallelism"]):
                 self._start(job, index, moment)
         else:

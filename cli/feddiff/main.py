@@ -334,11 +334,28 @@ def owner_init(
     existing_namespace: Annotated[
         bool, typer.Option("--existing-namespace", help="Leave the Namespace out: somebody else makes it.")
     ] = False,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option("--endpoint", metavar="URL", help="A server of the stores, unless AWS; may be repeated."),
+    ] = None,
+    metrics_from: Annotated[
+        list[str] | None,
+        typer.Option("--metrics-from", metavar="NS", help="Whose Prometheus sees step and percent; may be repeated."),
+    ] = None,
 ) -> None:
     """Print the documents of a data owner, for `kubectl apply -f -`. Lines marked CHANGE want to be read first."""
     from .owner import owner_documents
 
-    print(owner_documents(namespace, operator_namespace, research or (), dataset, existing_namespace), end="")
+    text = owner_documents(
+        namespace,
+        operator_namespace,
+        research or (),
+        dataset,
+        existing_namespace,
+        endpoint or (),
+        metrics_from or (),
+    )
+    print(text, end="")
 
 
 @store.command("check", short_help="Can a store carry releases, and who gets in?")

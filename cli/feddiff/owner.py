@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from feddiff_protocol.api import NAME_PATTERN
 from feddiff_protocol.errors import UsageInvalid
 from feddiff_protocol.telemetry import METRICS_PORT
+
+DEFAULT_PORTS = {"https": 443, "http": 80}
 
 HEAD = """\
 # What owner {namespace} applies, once the lines marked CHANGE are true:
@@ -51,7 +54,7 @@ READERS = """\
 
 NETWORK = """\
 ---
-# The stages that see records reach DNS and the stores, nothing else, and only the operator reaches them: on one port
+# The stages that see records reach DNS and the stores, nothing else. Only who is named below reaches them: on one port
 # they tell their stage, step and percent, and nothing that depends on records. It holds only where the cluster's
 # network enforces NetworkPolicies: ask.
 apiVersion: networking.k8s.io/v1
@@ -63,9 +66,10 @@ spec:
       - {{key: feddiff.dev/stage, operator: In, values: [release, train-personal, sample, evaluate]}}
   policyTypes: [Ingress, Egress]
   ingress:
-    - from:  # add your Prometheus, or leave the rule out: progress is then not shown, and everything else works
+    - from:  # leave the rule out, if you like: progress is then not shown, and everything else works
         - namespaceSelector: {{matchLabels: {{kubernetes.io/metadata.name: {operator_namespace}}}}}
           podSelector: {{matchLabels: {{app.kubernetes.io/name: feddiff, app.kubernetes.io/component: operator}}}}
+{metrics_from}
       ports:
         - {{protocol: TCP, port: {metrics_port}}}
   egress:
@@ -75,11 +79,11 @@ spec:
       ports:
         - {{protocol: UDP, port: 53}}
         - {{protocol: TCP, port: 53}}
-    - to:  # CHANGE to the stores' addresses: as it stands, every address is open on this port
+    - to:  # CHANGE to the stores' addresses: as it stands, every address is open on these ports
         - ipBlock: {{cidr: 0.0.0.0/0}}
         - ipBlock: {{cidr: "::/0"}}
-      ports:
-        - {{protocol: TCP, port: 443}}
+      ports:  # of a store behind a Service, the port of its pods
+{store_ports}
 """
 
 SECRETS = """\
@@ -141,18 +145,23 @@ def owner_documents(
     researchers: Sequence[str] = (),
     dataset: str = "images",
     namespace_exists: bool = False,
+    endpoints: Sequence[str] = (),
+    metrics_from: Sequence[str] = (),
 ) -> str:
     """YAML for `kubectl apply -f -`: Namespace, RoleBinding, NetworkPolicy and PrivateDataset, with comments to follow,
     and commented skeletons of Secrets and of a RoleBinding for researchers.
 
     `researchers` are the namespaces whose jobs may use the dataset; with `namespace_exists` the Namespace is left out.
-    Raises UsageInvalid for a name that Kubernetes would refuse.
+    `endpoints` are the stores' servers, whose ports are opened, AWS's unless given; pods of the namespaces
+    `metrics_from` may read the stages' metrics. Raises UsageInvalid for a name that Kubernetes would refuse, or an
+    endpoint that is none.
     """
     for option, name in (
         ("--namespace", namespace),
         ("--operator-namespace", operator_namespace),
         ("--dataset", dataset),
         *(("--research", each) for each in researchers),
+        *(("--metrics-from", each) for each in metrics_from),
     ):
         if not re.fullmatch(NAME_PATTERN, name):
             raise UsageInvalid(f"{option}: expected lower-case letters, digits and dashes, found {name!r}")
@@ -163,7 +172,33 @@ def owner_documents(
         dataset=dataset,
         access=_access(researchers),
         metrics_port=METRICS_PORT,
+        metrics_from=_metrics_from(metrics_from),
+        store_ports="\n".join(f"        - {{protocol: TCP, port: {port}}}" for port in _store_ports(endpoints)),
     )
+
+
+def _metrics_from(namespaces: Sequence[str]) -> str:
+    if not namespaces:
+        return "        # - namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: monitoring}}"
+    labels = (f"{{matchLabels: {{kubernetes.io/metadata.name: {each}}}}}" for each in dict.fromkeys(namespaces))
+    return "\n".join(f"        - namespaceSelector: {each}" for each in labels)
+
+
+def _store_ports(endpoints: Sequence[str]) -> list[int]:
+    """The ports of the stores' servers, each once; that of AWS where none is named."""
+    return sorted({_port(each) for each in endpoints}) or [DEFAULT_PORTS["https"]]
+
+
+def _port(endpoint: str) -> int:
+    try:
+        parts = urlsplit(endpoint)
+        default = DEFAULT_PORTS.get(parts.scheme)
+        port = default if parts.port is None else parts.port
+    except ValueError:
+        default = port = None
+    if not default or not port or not parts.hostname:
+        raise UsageInvalid(f"--endpoint: expected http(s)://host or http(s)://host:port, found {endpoint!r}")
+    return port
 
 
 def _access(researchers: Sequence[str]) -> str:

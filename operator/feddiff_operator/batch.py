@@ -46,6 +46,11 @@ def is_suspended(job: Object) -> bool:
     return bool(job["spec"].get("suspend"))
 
 
+def is_out_of_time(job: Object) -> bool:
+    """Whether it ends as soon as anything lets it go on: its controller then makes no pod."""
+    return bool(job["spec"].get("activeDeadlineSeconds") == 0)
+
+
 def time_of(text: str) -> datetime:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(UTC)
 

@@ -37,7 +37,7 @@ from .cluster import (
     Refused,
     Unavailable,
 )
-from .observe import STOPPED, is_over
+from .observe import STOPPED, is_over, stopping
 from .reconcile import FINALIZER, MANAGER
 
 REASON = "Uninstalled"
@@ -214,14 +214,13 @@ class Drain:
     async def _do(self, step: Step) -> None:
         match step:
             case Suspend(child):
-                change: Object = {"metadata": {"annotations": {STOPPED: REASON}}, "spec": {"suspend": True}}
-                await self._permitted(child, self._cluster.patch(JOB, *_key(child), change))
+                await self._permitted(child, self._cluster.patch(JOB, *_key(child), stopping({STOPPED: REASON})))
             case Delete(kind, child):
                 await self._permitted(child, self._cluster.delete(kind, *_key(child), child["metadata"]["uid"]))
             case LetGo(job):
                 version = job["metadata"]["resourceVersion"]  # a merge patch with it holds for that version alone
                 finalizers = [each for each in _finalizers(job) if each != FINALIZER]
-                change = {"metadata": {"resourceVersion": version, "finalizers": finalizers}}
+                change: Object = {"metadata": {"resourceVersion": version, "finalizers": finalizers}}
                 await self._permitted(job, self._cluster.patch(FDJ, *_key(job), change))
 
     async def _permitted(self, obj: Object, request: Awaitable[object]) -> None:

@@ -36,6 +36,7 @@ from .batch import (
     is_finished,
     is_first,
     is_out_of_memory,
+    is_out_of_time,
     is_suspended,
     is_terminated,
     job_name_of,
@@ -187,8 +188,16 @@ def deadlines(job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable
 def overdue(
     job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable[Object], now: datetime
 ) -> list[Deadline]:
-    """The attempts to stop now: suspend each Job and give it the deadline's annotations."""
+    """The attempts to stop now, each with the deadline's annotations."""
     return [deadline for deadline in deadlines(job, jobs, pods) if deadline.at <= now]
+
+
+def releasing_since(jobs: Iterable[Object], pods: Iterable[Object]) -> datetime | None:
+    """When the first release began to run; None while all of them wait for their queue, a node or their image."""
+    by_job = pods_by_job(pods)
+    releases = (each for each in jobs if key_of(each)[0] is Stage.RELEASE)
+    moments = (_began(each, pods_of(each, by_job.get(name_of(each), []))) for each in releases)
+    return min((moment for moment in moments if moment is not None), default=None)
 
 
 def waiting(jobs: Iterable[Object], pods: Iterable[Object], now: datetime | None = None) -> list[str]:
@@ -262,11 +271,12 @@ def _over(job: Object, pods: Sequence[Object], now: datetime) -> bool:
         return True
     zombies = any(_zombie(pod, now) for pod in pods)
     status = job.get("status", {})
+    ends = condition_of(job, "FailureTarget") is not None
     if STOPPED in annotations_of(job):
         gone = not status.get("active") and not status.get("terminating")
-        return condition_of(job, "Suspended") is not None and (gone or zombies)
+        return (ends or condition_of(job, "Suspended") is not None) and (gone or zombies)
     # The Job controller waits for a pod on a lost node for as long as the node is known.
-    return zombies and condition_of(job, "FailureTarget") is not None
+    return zombies and ends
 
 
 def _ended(job: Object, number: int, record: Mapping[str, str]) -> StageObserved:
@@ -429,6 +439,14 @@ def _deadline(job: FederatedDiffusionJob, child: Object, pods: Sequence[Object])
     return Deadline(metadata.get("namespace", "default"), metadata["name"], key, at, reason, words)
 
 
+def _began(job: Object, pods: Sequence[Object]) -> datetime | None:
+    """When the attempt began to run; of one whose pods are gone, when its Job was let start."""
+    if (since := running_since(job, pods)) is not None:
+        return since
+    started = job.get("status", {}).get("startTime")
+    return time_of(started) if started and {RECEIPT, EXIT_CODE} & annotations_of(job).keys() else None
+
+
 # ---- Waiting -----------------------------------------------------------------------------------------------------
 
 
@@ -493,7 +511,7 @@ def client_observed(
         return ClientObserved(hold, words, Reason.IMAGE_NOT_ALLOWED)
     try:
         workloads.places(job, {client: dataset})
-        workloads.check_overlay(dataset.spec.pod_template, f"{client}: spec.podTemplate")
+        workloads.check_overlay(dataset.spec.pod_template, f"{client}: spec.podTemplate", identities=True)
     except workloads.InvalidPodTemplate as error:
         return ClientObserved(hold, str(error), Reason.INVALID_POD_TEMPLATE)
     except SpecInvalid as error:
@@ -541,9 +559,16 @@ def pods_by_job(pods: Iterable[Object]) -> dict[str, list[Object]]:
     return result
 
 
+def stopping(annotations: Mapping[str, str]) -> dict[str, Any]:
+    """The change that stops a batch Job for good, with the annotations that say why: its controller sends SIGTERM, and
+    it stays as a record. Kueue starts a suspended Job again while its Workload is admitted: out of time, it then ends
+    instead, and gives its room back."""
+    return {"metadata": {"annotations": dict(annotations)}, "spec": {"suspend": True, "activeDeadlineSeconds": 0}}
+
+
 def is_over(job: Object) -> bool:
-    """Whether the batch Job has ended, or we have stopped it and nobody lets it go on; a pod may still be ending."""
-    return is_finished(job) or (STOPPED in annotations_of(job) and is_suspended(job))
+    """Whether the batch Job has ended, or we have stopped it; a pod may still be ending."""
+    return is_finished(job) or (STOPPED in annotations_of(job) and (is_suspended(job) or is_out_of_time(job)))
 
 
 def _cut(words: str) -> str:

@@ -48,7 +48,7 @@ from feddiff_protocol.stages import (
     train_shared_spec,
 )
 
-from .batch import condition_of
+from .batch import condition_of, time_of
 from .children import Children, Once
 from .cluster import (
     CONFIG_MAP,
@@ -78,8 +78,10 @@ from .observe import (
     misfit,
     pods_by_job,
     record_of,
+    releasing_since,
     retry_at,
     stages_observed,
+    stopping,
     waiting,
     with_recorded_release,
 )
@@ -408,9 +410,8 @@ class Reconciler:
             await self._suspend(metadata["namespace"], metadata["name"], {STOPPED: reason})
 
     async def _suspend(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None:
-        """The batch Job says why it was stopped: its controller sends SIGTERM, and it stays as a record."""
-        change = {"metadata": {"annotations": dict(annotations)}, "spec": {"suspend": True}}
-        await self.cluster.patch(JOB, namespace, name, change)
+        """The batch Job is stopped, and says why."""
+        await self.cluster.patch(JOB, namespace, name, stopping(annotations))
 
     async def _start(
         self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]
@@ -616,16 +617,19 @@ class _Scene:
 
     @property
     def releasing_since(self) -> datetime | None:
-        """When the first release was started, as the status says or the children do; None before that."""
-        started = [each["metadata"]["creationTimestamp"] for each in self.jobs if _stage_of(each) is Stage.RELEASE]
+        """When the first release began to run, as the status says or the children do; None before that."""
         known = (self.found.get("status") or {}).get("releasingSince")
-        return datetime.fromisoformat(known or min(started)) if known or started else None
+        return time_of(known) if known else releasing_since(self.jobs, self.pods)
 
     @property
     def release_deadline(self) -> datetime | None:
-        """None before the first release, and once the releases are counted."""
+        """None before the first release, and once the releases are counted. It stands still while the job is
+        suspended, and counts anew from when it goes on."""
         seconds, since = self.job.spec.deadlines.release_seconds, self.releasing_since
-        return since + timedelta(seconds=seconds) if seconds is not None and since and not self.counted else None
+        goes_on = condition_of(self.found, "Suspended", status="False")
+        if seconds is None or since is None or self.counted or self.job.spec.suspend or goes_on is None:
+            return None
+        return max(since, time_of(goes_on["lastTransitionTime"])) + timedelta(seconds=seconds)
 
     def running(self, stage: Stage, client: str) -> list[Object]:
         return [

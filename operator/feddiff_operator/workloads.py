@@ -195,7 +195,8 @@ def _service(attempt: _Attempt) -> Manifest:
 
 
 def _batch_job(attempt: _Attempt) -> Manifest:
-    template = laid_over(_pod_template(attempt), attempt.overlay, attempt.overlay_path)
+    of_owner = attempt.dataset is not None
+    template = laid_over(_pod_template(attempt), attempt.overlay, attempt.overlay_path, identities=of_owner)
     template["metadata"]["labels"].pop(QUEUE_NAME, None)  # the Job queues, not its pods
     queue = _queue_name(attempt)
     metadata = attempt.metadata
@@ -220,7 +221,8 @@ def _queue_name(attempt: _Attempt) -> str | None:
 
 
 def _pod_template(attempt: _Attempt) -> Manifest:
-    priority = attempt.job.spec.priority_class_name
+    # In an owner's namespace its own overlay says whose pods go first, and nobody else's file.
+    priority = None if attempt.dataset else attempt.job.spec.priority_class_name
     ranks = {"subdomain": attempt.name} if attempt.num_pods > 1 else {}
     return {
         "metadata": {"labels": attempt.labels},
@@ -332,16 +334,18 @@ def _credentials(attempt: _Attempt) -> list[Manifest]:
 # ---- Overlays ----------------------------------------------------------------------------------------------------
 
 
-def check_overlay(overlay: Mapping[str, Any], path: str) -> None:
+def check_overlay(overlay: Mapping[str, Any], path: str, *, identities: bool = False) -> None:
     """Raises InvalidPodTemplate, naming the field, unless everything in `overlay` is allowed."""
-    laid_over({"metadata": {"labels": {}}, "spec": {"volumes": [], "containers": [{}]}}, overlay, path)
+    empty = {"metadata": {"labels": {}}, "spec": {"volumes": [], "containers": [{}]}}
+    laid_over(empty, overlay, path, identities=identities)
 
 
-def laid_over(template: Manifest, overlay: Mapping[str, Any], path: str) -> Manifest:
+def laid_over(template: Manifest, overlay: Mapping[str, Any], path: str, *, identities: bool = False) -> Manifest:
     """The pod template with `overlay` (metadata, spec with at most one container) on it.
 
     Lists are added to, so that nothing of ours is lost; a volume mounted at /tmp or, without a volume claim, /data
-    stands in for ours. Raises InvalidPodTemplate for a field that no overlay may set.
+    stands in for ours. Raises InvalidPodTemplate for a field that no overlay may set, and, unless it may mount
+    `identities`, for a token or certificate of a service account: an owner's may, for its namespace is its own.
     """
     _only(overlay, {"metadata", "spec"}, path)
     over = _mapping(overlay.get("spec", {}), f"{path}.spec")
@@ -350,6 +354,8 @@ def laid_over(template: Manifest, overlay: Mapping[str, Any], path: str) -> Mani
         raise InvalidPodTemplate(f"{path}.spec.containers: expected at most one, the stage's, found {containers!r}")
     metadata = _metadata(template["metadata"], _mapping(overlay.get("metadata", {}), f"{path}.metadata"), path)
     spec = _pod(template["spec"], {key: value for key, value in over.items() if key != "containers"}, f"{path}.spec")
+    if not identities:
+        _refuse_identities(over.get("volumes", []), f"{path}.spec.volumes")
     (container,) = spec["containers"]
     for each in containers:
         place = f"{path}.spec.containers[0]"
@@ -374,6 +380,7 @@ _REPLACED_IN_POD = {
 }
 _SECURITY_CONTEXT = {"fsGroup", "runAsUser", "runAsGroup", "supplementalGroups"}
 _OURS = {"spec", "scratch", "records"}
+_IDENTITIES = {"serviceAccountToken", "podCertificate"}  # sources of a projected volume
 
 
 def _metadata(ours: Manifest, over: Mapping[str, Any], path: str) -> Manifest:
@@ -404,6 +411,19 @@ def _pod(ours: Manifest, over: Mapping[str, Any], path: str) -> Manifest:
         if volume.get("name") in _OURS:
             raise InvalidPodTemplate(f"{path}.volumes[{index}].name: {volume['name']!r} is ours; use another name")
     return {**result, "volumes": [*ours["volumes"], *volumes]}
+
+
+def _refuse_identities(volumes: list[Manifest], path: str) -> None:
+    for index, volume in enumerate(volumes):
+        projected = volume.get("projected")
+        sources = projected.get("sources") if isinstance(projected, dict) else None
+        listed = sources if isinstance(sources, list) else []  # what is no list, the API server refuses
+        given = {key for source in listed if isinstance(source, dict) for key in source}
+        if found := sorted(given & _IDENTITIES):
+            raise InvalidPodTemplate(
+                f"{path}[{index}].projected: {found[0]} would lend a job's pods the identity of any service account of"
+                " its namespace; leave it out"
+            )
 
 
 def _contained(ours: Manifest, over: Mapping[str, Any], path: str) -> Manifest:

@@ -728,7 +728,9 @@ class FederatedDiffusionJobSpec(Wire):
     queue_name: Name | None = Field(
         None, description="Kueue's LocalQueue, in the job's namespace, for the shared denoiser's and the report's pods"
     )
-    priority_class_name: Name | None = Field(None, description="PriorityClass of every pod of the job")
+    priority_class_name: Name | None = Field(
+        None, description="PriorityClass of the job's own pods; those of owners have what owners say"
+    )
     deadlines: DeadlinesSpec = DeadlinesSpec()
     backoff_limit: Annotated[int, Field(ge=0, le=100), WHOLE] = Field(
         3, description="failures of one stage, after which no further attempt follows; interruptions do not count"

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from cluster.kubernetes import PROGRAMS
+from feddiff.owner import owner_documents
 from feddiff_protocol.stages import Stage
 from feddiff_protocol.telemetry import METRICS_PORT
 
@@ -188,6 +189,33 @@ def found(policies: list[Object]) -> set[tuple[str, str, int]]:
 
 def test_every_pair_connects_exactly_where_it_should() -> None:
     assert found(objects_of("NetworkPolicy")) == expected()
+
+
+def owners_own(**options: Any) -> list[Object]:
+    """The chart's policies, those of clinic-b by the owner's own hand."""
+    text = owner_documents("clinic-b", "feddiff-system", **options)
+    (own,) = (each for each in yaml.safe_load_all(text) if each and each["kind"] == "NetworkPolicy")
+    others = (each for each in objects_of("NetworkPolicy") if each["metadata"]["namespace"] != "clinic-b")
+    return [*others, own]
+
+
+def with_clinic_b(policies: list[Object]) -> set[tuple[str, str, int]]:
+    return {each for each in found(policies) if "release-b" in each[:2]}
+
+
+def test_an_owners_own_policy_lets_in_whom_it_names_and_opens_its_stores_port_alone() -> None:
+    """Its store may be anywhere, until the owner says where."""
+    own = with_clinic_b(owners_own(endpoints=["http://10.9.1.1:8333"], metrics_from=["monitoring"]))
+    reached_from = {(source, port) for source, target, port in own if target == "release-b"}
+    assert reached_from == {("operator", METRICS_PORT), ("prometheus", METRICS_PORT)}
+    reaches = {(target, port) for source, target, port in own if source == "release-b"}
+    assert ("store", 8333) in reaches and {port for _, port in reaches} == {53, 8333}
+
+
+def test_an_owner_that_names_no_monitoring_is_scraped_by_nobody() -> None:
+    own = with_clinic_b(owners_own())
+    assert {source for source, target, _ in own if target == "release-b"} == {"operator"}
+    assert ("release-b", "store", 8333) not in own and ("release-b", "store", 443) in own
 
 
 def _open_ingress(policies: list[Object]) -> None:

@@ -83,7 +83,42 @@ def test_owner_stages_reach_dns_and_one_port_and_only_the_operator_reaches_them(
     assert peer["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "ops"}}
     for label, value in peer["podSelector"]["matchLabels"].items():
         assert f"{label}: {value}" in (CHART / "templates/_names.tpl").read_text()
-    assert [[port["port"] for port in rule["ports"]] for rule in policy["egress"]] == [[53, 53], [443]]
+    assert ports({"spec": policy}) == [[53, 53], [443]]
+
+
+def ports(policy: Object) -> list[list[int]]:
+    return [[port["port"] for port in rule["ports"]] for rule in policy["spec"]["egress"]]
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "opened"),
+    [
+        (["http://store.clinic-a:8333"], [8333]),
+        (["https://minio.example:9000", "https://s3.eu-central-1.amazonaws.com"], [443, 9000]),
+        (["http://store.example", "http://store.example:80/"], [80]),
+        (["https://[2001:db8::1]:9000"], [9000]),
+    ],
+)
+def test_the_ports_of_the_stores_servers_are_open_and_no_others(endpoints: list[str], opened: list[int]) -> None:
+    policy = documents("clinic-a", "ops", endpoints=endpoints)["NetworkPolicy"]
+    assert ports(policy) == [[53, 53], opened]
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["minio.example:9000", "s3://clinic-a/feddiff", "https://", "https://store:no", "https://store:0", "https://[::1"],
+)
+def test_an_endpoint_that_is_no_address_is_refused(endpoint: str) -> None:
+    with pytest.raises(UsageInvalid, match="--endpoint: expected http"):
+        owner_documents("clinic-a", "ops", endpoints=["https://store.example", endpoint])
+
+
+def test_a_prometheus_reads_metrics_where_the_owner_names_its_namespace_and_nothing_else_changes() -> None:
+    without = documents("clinic-a", "ops")
+    named = documents("clinic-a", "ops", metrics_from=["monitoring", "monitoring"])
+    peers = named["NetworkPolicy"]["spec"]["ingress"][0]["from"]
+    assert peers.pop() == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    assert named == without
 
 
 @pytest.mark.parametrize(
@@ -109,6 +144,18 @@ def test_the_command_prints_what_kubectl_reads_and_nothing_else(capsys: pytest.C
     assert said.err == ""
 
 
+def test_the_command_takes_servers_and_monitoring(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["owner", "init", "-n", "clinic-a", "--endpoint", "http://store:8333", "--metrics-from", "monitoring"]
+    assert command._exit_code(lambda: command.app(arguments)) == 0
+    options = {"endpoints": ["http://store:8333"], "metrics_from": ["monitoring"]}
+    assert capsys.readouterr().out == owner_documents("clinic-a", "feddiff-system", **options)
+
+
+def test_a_namespace_of_monitoring_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageInvalid, match="--metrics-from: expected"):
+        owner_documents("clinic-a", "feddiff-system", metrics_from=["x: y"])
+
+
 def test_the_command_needs_no_cluster_package() -> None:
     script = (
         "import sys; sys.modules['kubernetes'] = None; sys.argv = ['feddiff', 'owner', 'init', '-n', 'clinic-a']\n"
@@ -120,7 +167,8 @@ def test_the_command_needs_no_cluster_package() -> None:
 
 def test_a_real_api_server_would_take_all_of_it(control_plane: ControlPlane) -> None:
     namespace = control_plane.namespace("clinic")
-    text = owner_documents(namespace, "feddiff-system", ["research"])
+    options = {"endpoints": ["http://store:8333"], "metrics_from": ["monitoring"]}
+    text = owner_documents(namespace, "feddiff-system", ["research"], **options)
     said = control_plane.kubectl("apply", "--server-side", "--dry-run=server", "-f", "-", stdin=text)
     assert len(said.splitlines()) == 4
     assert all("serverside-applied" in line for line in said.splitlines())

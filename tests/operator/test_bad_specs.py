@@ -157,7 +157,7 @@ class Pages:
 def under_way(job: Object) -> bool:
     """Nothing is wrong with it: it goes on, or waits for what is no spec's business."""
     spec, phase = job["spec"], job["status"]["phase"]
-    waits = phase == "Releasing" and (spec.get("queueName") or spec.get("priorityClassName"))
+    waits = phase == "Releasing" and spec.get("queueName")
     trains = any(each["running"] for each in job["status"]["stages"] if each["stage"] == "train-shared")
     return trains or phase == "Suspended" or bool(waits)
 

@@ -156,6 +156,40 @@ def test_a_drain_that_does_not_wait_for_pods_is_found_out(monkeypatch: pytest.Mo
     run(story())
 
 
+async def drained_under_kueue(hospital: Hospital) -> None:
+    """Of every suspended Job the queue takes the suspension back, at once."""
+    patch = hospital.patch
+
+    async def restarting(kind: Kind, namespace: str, name: str, body: Any) -> Object:
+        patched = await patch(kind, namespace, name, body)
+        return await patch(kind, namespace, name, {"spec": {"suspend": False}}) if kind == JOB else patched
+
+    hospital.patch = restarting  # type: ignore[method-assign]
+    async with platform_of(hospital):
+        await Drain(hospital, PLACE).run(120)
+
+
+def test_a_queue_that_starts_suspended_jobs_again_does_not_hold_the_drain_up() -> None:
+    async def story() -> None:
+        hospital = await in_flight()
+        await drained_under_kueue(hospital)
+        assert left(hospital) == []
+
+    run(story())
+
+
+def test_a_drain_that_only_suspends_would_never_end_under_such_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopping = draining.stopping
+    monkeypatch.setattr(draining, "stopping", lambda why: stopping(why) | {"spec": {"suspend": True}})
+
+    async def story() -> None:
+        hospital = await in_flight()
+        with pytest.raises(Interrupted):
+            await drained_under_kueue(hospital)
+
+    run(story())
+
+
 def test_an_operator_installed_again_goes_on_with_the_same_releases() -> None:
     async def story() -> None:
         hospital = await in_flight()

@@ -21,6 +21,7 @@ from batch_objects import (
     pod,
     receipt,
     stopped,
+    text,
     unscheduled,
     with_condition,
 )
@@ -40,6 +41,7 @@ from feddiff_operator.observe import (
     misfit,
     overdue,
     record_of,
+    releasing_since,
     retry_at,
     stages_observed,
     waiting,
@@ -304,6 +306,15 @@ def test_a_stopped_job_runs_until_its_pods_are_gone_and_is_no_failure() -> None:
     assert both(stopped(release()), [left]) == StageObserved(StagePhase.STOPPED, 1, message="stopped: Suspended")
 
 
+def test_a_stopped_job_that_its_queue_lets_go_on_runs_until_its_controller_ends_it() -> None:
+    let_go_on = release(annotations={STOPPED: "Suspended"}, suspend=False)
+    assert observed(let_go_on).phase is StagePhase.RUNNING
+    ends = with_condition(let_go_on, "FailureTarget", NOW)
+    assert observed(ends, [pod(let_go_on)]).phase is StagePhase.RUNNING
+    for each in (ends, failed(let_go_on)):
+        assert observed(each) == StageObserved(StagePhase.STOPPED, 1, message="stopped: Suspended")
+
+
 def test_a_stage_that_succeeded_while_it_was_stopped_has_succeeded() -> None:
     last = pod(release(), "Succeeded", exit_code=0, message=receipt(*RELEASE), deleted=NOW)
     assert both(stopped(release()), [last]).phase is StagePhase.SUCCEEDED
@@ -418,6 +429,25 @@ def test_time_in_a_queue_or_after_the_end_does_not_count() -> None:
         assert overdue(job(deadlines=LIMITS), [each], [], ended) == []
     assert overdue(job(deadlines=LIMITS), [child], [pod(child, "Failed", exit_code=69)], ended) == []
     assert deadlines(job(), [child], [pod(child)]) == []
+
+
+def test_releasing_begins_when_the_first_release_runs_and_not_when_its_job_is_made() -> None:
+    a, b, shared = release(), batch_job(Stage.RELEASE, "b"), batch_job(Stage.TRAIN_SHARED)
+    queued = release(suspend=True, startTime=None)
+    unplaced = pod(b, "Pending", conditions=unscheduled())
+    assert releasing_since([queued, b], [unplaced]) is None
+    assert releasing_since([shared], [pod(shared), pod(shared, index=1)]) is None, "that is no release"
+    later, last = NOW + timedelta(seconds=70), NOW + timedelta(seconds=90)
+    assert releasing_since([queued, b], [pod(b, started=later)]) == later
+    assert releasing_since([a, b], [pod(a, started=last), pod(b, started=later)]) == later
+
+
+@pytest.mark.parametrize("record", [{RECEIPT: receipt(*RELEASE)}, {EXIT_CODE: "69"}])
+def test_a_release_whose_pod_is_gone_began_when_its_job_was_let_start(record: dict[str, str]) -> None:
+    admitted = text(NOW + timedelta(seconds=50))
+    child = release(annotations=record, startTime=admitted)
+    assert releasing_since([child], []) == NOW + timedelta(seconds=50)
+    assert releasing_since([release(startTime=admitted)], []) is None, "its pod is still to come"
 
 
 def test_an_attempt_stopped_at_its_deadline_has_failed_with_that_reason() -> None:
@@ -575,4 +605,6 @@ def test_a_job_is_over_when_it_has_ended_or_stays_stopped() -> None:
     assert is_over(complete(release())) and is_over(failed(release())) and is_over(stopped(release()))
     assert not is_over(release()) and not is_over(release(suspend=True))
     let_go_on = release(annotations={STOPPED: "Suspended"}, suspend=False)  # its queue admitted it again
-    assert not is_over(let_go_on)
+    assert not is_over(let_go_on), "it has time left"
+    let_go_on["spec"] |= {"activeDeadlineSeconds": 0}
+    assert is_over(let_go_on)

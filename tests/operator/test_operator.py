@@ -2,9 +2,14 @@
 them say."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from feddiff_operator.cluster import CONFIG_MAP, EVENT, FDJ, JOB, PDS, SERVICE
+import pytest
+
+from feddiff_operator.batch import condition_of, is_finished
+from feddiff_operator.cluster import CONFIG_MAP, EVENT, FDJ, JOB, PDS, POD, SERVICE
+from feddiff_operator.observe import STOPPED, stopping
 
 Object = dict[str, Any]
 STAGES = {"release", "train-shared", "train-personal", "sample", "evaluate", "report"}
@@ -114,6 +119,52 @@ def test_a_suspended_job_goes_on_with_new_attempts_and_the_same_releases(world: 
                 )
             assert [spec["attempt"] for spec in kubelet.specs["train-shared/"]] == [2, 2]
             assert len(kubelet.specs["release/a"]) == len(kubelet.specs["release/b"]) == 1
+
+    asyncio.run(story())
+
+
+def sleeper(namespace: str) -> Object:
+    """A batch Job whose pod, told nothing, runs until it is stopped."""
+    labels = {"feddiff.dev/job-uid": "a-test"}
+    told = [{"name": "spec", "configMap": {"name": "none"}}]
+    pod = {"restartPolicy": "Never", "volumes": told, "containers": [{"name": "stage", "image": "trainer:test"}]}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "sleeper", "namespace": namespace, "labels": labels},
+        "spec": {"backoffLimit": 0, "template": {"metadata": {"labels": labels}, "spec": pod}},
+    }
+
+
+@pytest.mark.parametrize("holds", [True, False], ids=["stopped", "only suspended"])
+def test_a_stopped_batch_job_that_its_queue_starts_again_ends_without_another_pod(world: Any, holds: bool) -> None:
+    """What Kueue does with a suspended Job whose Workload is admitted, and what the real Job controller makes of it."""
+
+    async def story() -> None:
+        async with world.kubelet() as kubelet:
+            cluster, place = kubelet.cluster, (world.research, "sleeper")
+
+            async def until(good: Callable[[Object, list[Object]], bool]) -> tuple[Object, list[Object]]:
+                async with asyncio.timeout(60):
+                    while True:
+                        job = await cluster.get(JOB, *place)
+                        pods = await cluster.list(POD, world.research, "feddiff.dev/job-uid")
+                        if good(job, pods):
+                            return job, pods
+                        await asyncio.sleep(0.1)
+
+            await cluster.create(JOB, sleeper(world.research))
+            _, (first,) = await until(lambda job, pods: [each["status"]["phase"] for each in pods] == ["Running"])
+            change = stopping({STOPPED: "Suspended"})
+            await cluster.patch(JOB, *place, change if holds else {**change, "spec": {"suspend": True}})
+            await until(lambda job, pods: condition_of(job, "Suspended") is not None and not pods)
+            await cluster.patch(JOB, *place, {"spec": {"suspend": False}})
+            job, pods = await until(lambda job, pods: is_finished(job) or bool(pods))
+            if holds:
+                assert (condition_of(job, "Failed") or {})["reason"] == "DeadlineExceeded" and pods == []
+            else:
+                assert [each["metadata"]["uid"] for each in pods] != [first["metadata"]["uid"]]
+            await cluster.delete(JOB, *place)
 
     asyncio.run(story())
 

@@ -318,6 +318,55 @@ def test_a_job_suspended_in_any_phase_completes_after_it(stop_at: str) -> None:
     assert len(world.entries()) == 2
 
 
+async def suspended_under_kueue(world: World) -> None:
+    """In training, by a queue that starts every suspended Job again, as Kueue does while its Workload is admitted."""
+    operator = world.operator()
+    await world.go_on(operator, lambda: {stage for stage, _ in running(world)} == {"train-shared", "train-personal"})
+    await world.platform.patch(FDJ, "research", "job", SUSPENDED)
+    for _ in range(12):
+        await world.look(operator)
+        world.platform.live(world.now)
+        for child in world.platform.peek(JOB):
+            if child["spec"].get("suspend"):
+                world.platform.put(JOB, {**child, "spec": {**child["spec"], "suspend": False}})
+        world.platform.live(world.now)
+
+
+def first_trainings_go_on(world: World) -> Callable[[Object, Object], tuple[int, str] | None]:
+    def outcome(pod: Object, child: Object) -> tuple[int, str] | None:
+        labels = child["metadata"]["labels"]
+        goes_on = labels["feddiff.dev/stage"].startswith("train") and labels["feddiff.dev/attempt"] == "1"
+        return None if goes_on else world.good(pod, child)
+
+    return outcome
+
+
+def test_a_queue_cannot_start_again_what_was_stopped_and_the_next_attempt_completes() -> None:
+    world = World()
+    world.platform.outcome = first_trainings_go_on(world)
+
+    async def story() -> None:
+        await suspended_under_kueue(world)
+        assert world.status["phase"] == "Suspended" and running(world) == set()
+        assert len(world.platform.started) == 2 + 2 + 2, "two releases, two ranks, two owners' trainings"
+        await world.platform.patch(FDJ, "research", "job", {"spec": {"suspend": False}})
+        await world.go_on(world.operator(), world.ended)
+
+    asyncio.run(story())
+    assert world.status["phase"] == "Complete"
+    world.in_order()
+
+
+def test_a_stop_that_only_suspends_would_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: pods come and go."""
+    stopping = reconcile.stopping
+    monkeypatch.setattr(reconcile, "stopping", lambda why: stopping(why) | {"spec": {"suspend": True}})
+    world = World()
+    world.platform.outcome = first_trainings_go_on(world)
+    asyncio.run(suspended_under_kueue(world))
+    assert len(world.platform.started) > 2 + 2 + 2
+
+
 def test_an_ended_job_is_deleted_when_its_time_has_passed() -> None:
     world = World(ttlSecondsAfterFinished=100)
 
@@ -371,6 +420,137 @@ def test_a_policy_that_spared_late_clients_would_be_found_out(monkeypatch: pytes
     world = World(lambda pod, child: None if late_b(pod, child) else world.good(pod, child), **LATE)
     asyncio.run(runs_with_a_late_client(world))
     assert ("release", "b") in running(world)
+
+
+class Queue:
+    """A cluster in which a queue lets the releases of some clients wait: their Jobs are made suspended."""
+
+    def __init__(self, platform: Platform, clients: str) -> None:
+        self.platform, self.clients = platform, clients
+
+    def __getattr__(self, verb: str) -> Any:
+        return getattr(self.platform, verb)
+
+    async def create(self, kind: Any, obj: Object, rehearsal: bool = False) -> Object:
+        labels = obj["metadata"]["labels"]
+        held = kind == JOB and labels["feddiff.dev/stage"] == "release" and labels["feddiff.dev/client"] in self.clients
+        spec = {"spec": {**obj["spec"], "suspend": True}} if held else {}
+        return await self.platform.create(kind, {**obj, **spec}, rehearsal)
+
+    async def admit(self) -> None:
+        for child in self.platform.peek(JOB):
+            metadata = child["metadata"]
+            await self.platform.patch(JOB, metadata["namespace"], metadata["name"], {"spec": {"suspend": False}})
+
+
+async def an_hour_later(world: World, operator: Reconciler) -> None:
+    world.now += timedelta(hours=1)
+    for _ in range(5):
+        await world.look(operator)
+        world.platform.live(world.now)
+
+
+def queued_releases(world: World) -> None:
+    """Both owners' queues are full for an hour, and then have room."""
+
+    async def story() -> None:
+        queue = Queue(world.platform, "ab")
+        operator = world.operator(queue)
+        await world.go_on(operator, lambda: len(world.platform.peek(JOB)) == 2)
+        await an_hour_later(world, operator)
+        await queue.admit()
+        await world.go_on(operator, world.ended)
+
+    asyncio.run(story())
+
+
+def test_the_release_deadline_waits_for_the_first_release_to_run() -> None:
+    world = World(**LATE)
+    queued_releases(world)
+    assert (world.status["phase"], world.status["counted"]) == ("Complete", ["a", "b"])
+    assert datetime.fromisoformat(world.status["releasingSince"]) >= START + timedelta(hours=1)
+
+
+def test_a_deadline_that_ran_from_the_jobs_creation_would_lose_what_was_charged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mutant."""
+
+    def created(jobs: list[Object], pods: list[Object]) -> datetime | None:
+        made = [each["metadata"]["creationTimestamp"] for each in jobs]
+        return datetime.fromisoformat(min(made)) if made else None
+
+    monkeypatch.setattr(reconcile, "releasing_since", created)
+    world = World(**LATE)
+    queued_releases(world)
+    assert world.failed()["reason"] == "ReleaseDeadlineExceeded"
+
+
+def test_once_one_has_released_an_owner_whose_queue_is_full_holds_the_others_up_no_longer() -> None:
+    world = World(**LATE)
+
+    async def story() -> None:
+        operator = world.operator(Queue(world.platform, "b"))
+        await world.go_on(operator, world.ended)
+
+    asyncio.run(story())
+    assert (world.status["phase"], world.status["counted"]) == ("Complete", ["a"])
+
+
+def suspended_for_an_hour(world: World) -> None:
+    """While b releases."""
+
+    async def story() -> None:
+        operator = world.operator()
+        await world.go_on(operator, lambda: ("release", "b") in running(world))
+        await world.platform.patch(FDJ, "research", "job", SUSPENDED)
+        for _ in range(3):
+            await an_hour_later(world, operator)
+        assert world.status["phase"] == "Suspended"
+        await world.platform.patch(FDJ, "research", "job", {"spec": {"suspend": False}})
+        await world.go_on(operator, world.ended)
+
+    asyncio.run(story())
+
+
+def b_is_slow(world: World, attempts: int) -> Callable[[Object, Object], tuple[int, str] | None]:
+    """b's release goes on and on, in so many attempts."""
+
+    def outcome(pod: Object, child: Object) -> tuple[int, str] | None:
+        labels = child["metadata"]["labels"]
+        slow = labels["feddiff.dev/stage"] == "release" and labels["feddiff.dev/client"] == "b"
+        return None if slow and int(labels["feddiff.dev/attempt"]) <= attempts else world.good(pod, child)
+
+    return outcome
+
+
+def with_slow_b(attempts: int) -> World:
+    world = World(deadlines={"releaseSeconds": 60})
+    world.platform.outcome = b_is_slow(world, attempts)
+    return world
+
+
+def test_the_release_deadline_stands_still_while_a_job_is_suspended() -> None:
+    world = with_slow_b(attempts=1)
+    suspended_for_an_hour(world)
+    assert (world.status["phase"], world.status["counted"]) == ("Complete", ["a", "b"])
+
+
+def test_the_release_deadline_counts_anew_from_when_a_job_goes_on() -> None:
+    world = with_slow_b(attempts=9)
+    suspended_for_an_hour(world)
+    assert world.failed()["reason"] == "ReleaseDeadlineExceeded"
+    assert timedelta(seconds=60) <= world.now - START - timedelta(hours=3) < timedelta(seconds=90)
+
+
+def test_a_deadline_that_ran_on_would_end_a_suspended_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant."""
+    runs_on = property(lambda scene: scene.releasing_since and scene.releasing_since + timedelta(seconds=60))
+    monkeypatch.setattr(reconcile._Scene, "release_deadline", runs_on)
+    world = with_slow_b(attempts=1)
+    with pytest.raises(AssertionError, match="'Failed' == 'Suspended'"):
+        suspended_for_an_hour(world)
+    assert world.failed()["reason"] == "ReleaseDeadlineExceeded"
 
 
 @pytest.mark.parametrize(("policy", "left"), [("None", {("train-personal", "a")}), ("Running", set())])

@@ -35,8 +35,10 @@ from feddiff_operator.observe import (
     client_observed,
     overdue,
     record_of,
+    releasing_since,
     retry_at,
     stages_observed,
+    stopping,
     waiting,
     with_recorded_release,
 )
@@ -106,6 +108,7 @@ class World:
             stages = with_recorded_release(stages, UID, name, self.manifests.get(name, ""))
             refusal = self.refusals.get(name, "") if self.holds[name] is not Hold.CHARGED else ""
             clients[name] = client_observed(self.asked, name, self.datasets[name], self.holds[name], refusal, SETTING)
+        self.releasing_since = self.releasing_since or releasing_since(jobs, pods)
         since, limit = self.releasing_since, self.asked.spec.deadlines.release_seconds
         late = since is not None and limit is not None and self.now >= since + timedelta(seconds=limit)
         counted = tuple(self.found.get("status", {}).get("counted", ()))
@@ -165,7 +168,6 @@ class World:
     def start(self, stage: Stage, client: str, attempt: int) -> None:
         if stage is Stage.RELEASE:
             assert self.holds[client] is Hold.CHARGED, "released without a charge"
-            self.releasing_since = self.releasing_since or self.now
         child = batch_job(stage, client, attempt, asked=self.asked, created=self.now)
         beside = [each for each in self.live_pods() if same_stage(each, child) and not self.zombie(each)]
         assert not beside, "a second attempt beside a running one"
@@ -177,8 +179,9 @@ class World:
         return bool(deleted) and self.now > datetime.fromisoformat(deleted) + timedelta(seconds=60)
 
     def stop(self, name: str, annotations: dict[str, str]) -> None:
-        self.children[name]["spec"]["suspend"] = True
-        self.children[name]["metadata"]["annotations"] |= annotations
+        change = stopping(annotations)
+        self.children[name]["spec"] |= change["spec"]
+        self.children[name]["metadata"]["annotations"] |= change["metadata"]["annotations"]
 
     # -- the Job controller and the kubelet
 
@@ -208,6 +211,10 @@ class World:
             if not [each for each in live if each["metadata"]["name"] not in self.stuck]:
                 self.set_condition(child, "Suspended")
             return
+        if child["spec"].get("activeDeadlineSeconds") == 0:
+            for each in live:
+                self.delete(each)
+            return self.set_condition(child, "FailureTarget" if live else "Failed")
         if child["metadata"]["name"] in self.unseen:
             return self.set_condition(child, "Failed")
         if any(each["type"] == "Suspended" for each in child["status"]["conditions"]):
@@ -583,8 +590,8 @@ def trouble(world: World) -> None:
             event = draw.choice(list(STAGE_EVENTS.values()) + [succeeds] * 20)
             event(world, child)
     elif kind < 0.85:
-        for child in world.children.values():  # its queue admits it again
-            child["spec"]["suspend"] = "feddiff.dev/stopped" in child["metadata"]["annotations"]
+        for child in world.children.values():  # its queue admits it again, and what we have stopped, too
+            child["spec"]["suspend"] = False
     elif kind < 0.92:
         suspend(world, draw.random() < 0.3)
     elif kind < 0.97:
@@ -601,7 +608,7 @@ def calm(world: World) -> None:
     world.now += timedelta(seconds=301)
     world.stuck.clear()
     for child in world.children.values():
-        child["spec"]["suspend"] = "feddiff.dev/stopped" in child["metadata"]["annotations"]
+        child["spec"]["suspend"] = False
     for each in world.live_pods():
         if "deletionTimestamp" not in each["metadata"]:
             world.succeed(each)

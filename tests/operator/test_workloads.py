@@ -213,7 +213,29 @@ def test_the_jobs_queue_is_for_the_jobs_namespace_and_an_owner_names_its_own() -
     child = batch(Stage.RELEASE, "a", asked=asked, podTemplate=own)
     assert child["metadata"]["labels"][label] == "clinic"
     assert label not in child["spec"]["template"]["metadata"]["labels"], "the Job queues, not its pods"
-    assert pod_spec(Stage.RELEASE, "a", asked=asked)["priorityClassName"] == "high"
+
+
+OWNER_STAGES = [each for each in Stage if each not in (Stage.TRAIN_SHARED, Stage.REPORT)]
+
+
+def test_the_jobs_priority_is_for_the_jobs_own_pods_and_an_owner_names_its_own() -> None:
+    asked = job(priorityClassName="high")
+    for stage in (Stage.TRAIN_SHARED, Stage.REPORT):
+        assert pod_spec(stage, asked=asked)["priorityClassName"] == "high"
+    for stage in OWNER_STAGES:
+        assert "priorityClassName" not in pod_spec(stage, "a", asked=asked)
+        own = pod_spec(stage, "a", asked=asked, podTemplate={"spec": {"priorityClassName": "low"}})
+        assert own["priorityClassName"] == "low"
+
+
+@pytest.mark.parametrize("stage", OWNER_STAGES)
+def test_no_word_of_the_researchers_that_schedules_pods_is_found_in_an_owners(stage: Stage) -> None:
+    """Whatever the job says of its own pods, an owner's are what they would be without it."""
+    shared = {"podTemplate": FULL, "resources": {"limits": {"nvidia.com/gpu": 1}}, "replicas": 3, "batch": 6}
+    asked = job(priorityClassName="high", queueName="gpus", shared=shared)
+    plain, child = batch(stage, "a"), batch(stage, "a", asked=asked)
+    assert child["metadata"] == plain["metadata"]
+    assert child["spec"] == plain["spec"]
 
 
 # ---- Overlays ----------------------------------------------------------------------------------------------------
@@ -386,6 +408,42 @@ def test_no_overlay_whatsoever_reaches_what_is_protected(overlay: Object) -> Non
 def test_an_overlay_without_a_list_would_be_caught() -> None:
     plain = batch(Stage.RELEASE, "a")["spec"]["template"]
     assert trespasses({**plain, "spec": {**plain["spec"], "hostNetwork": True}}, plain) == ["hostNetwork"]
+
+
+def projected(*sources: Object) -> Object:
+    volume = {"name": "identity", "projected": {"sources": list(sources)}}
+    return {"spec": {"volumes": [{"name": "cache", "emptyDir": {}}, volume]}}
+
+
+TOKEN: Object = {"serviceAccountToken": {"path": "token"}}
+CERTIFICATE: Object = {"podCertificate": {"signerName": "example.com/any", "keyType": "ED25519"}}
+
+
+@pytest.mark.parametrize("identity", [TOKEN, CERTIFICATE])
+def test_a_jobs_overlay_lends_its_pods_no_service_accounts_identity(identity: Object) -> None:
+    overlay = projected({"secret": {"name": "certificates"}}, identity)
+    (kind,) = identity
+    words = rf"spec\.shared\.podTemplate\.spec\.volumes\[1\]\.projected: {kind} would lend"
+    with pytest.raises(InvalidPodTemplate, match=words):
+        check_overlay(overlay, "spec.shared.podTemplate")
+    for stage in (Stage.TRAIN_SHARED, Stage.REPORT):
+        with pytest.raises(InvalidPodTemplate, match=words):
+            batch(stage, asked=job(shared={"podTemplate": overlay}))
+
+
+def test_other_projected_volumes_and_an_owners_own_token_are_as_they_were() -> None:
+    harmless = projected({"secret": {"name": "certificates"}}, {"configMap": {"name": "settings"}})
+    assert len(pod_spec(Stage.REPORT, asked=job(shared={"podTemplate": harmless}))["volumes"]) == 4
+    for odd in (
+        None,
+        5,
+        "serviceAccountToken",
+        ["serviceAccountToken"],
+        {"sources": 5},
+    ):  # for the API server to refuse
+        check_overlay({"spec": {"volumes": [{"name": "odd", "projected": odd}]}}, "overlay")
+    volumes = pod_spec(Stage.RELEASE, "a", podTemplate=projected(TOKEN))["volumes"]
+    assert volumes[-1]["projected"]["sources"] == [TOKEN]
 
 
 # ---- A real API server -------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from feddiff_protocol.stages import SampleSpec
 from feddiff_trainer import sample
 from feddiff_trainer.denoisers import denoiser_bytes
 from feddiff_trainer.denoising import ClassGaussian
+from feddiff_trainer.network import Denoiser, NetworkConfig
 from feddiff_trainer.pictures import LabelledImages, read_samples
 from feddiff_trainer.stores import open_store
 
@@ -127,6 +128,44 @@ def test_another_shared_denoiser_than_the_planners_is_refused(tmp_path: Path) ->
     with pytest.raises(DataInvalid, match=f"expected SHA-256 {spec.shared_denoiser_sha256}, found"):
         sample.body(spec)
     assert files(tmp_path) == before
+
+
+def with_shared(spec: SampleSpec, data: bytes) -> SampleSpec:
+    """The spec of a job whose own trainer is hostile: the hash is that of what it made."""
+    open_store(spec.federation_store).put(layout.shared_denoiser(UID), data)
+    return spec.model_copy(update={"shared_denoiser_sha256": hashlib.sha256(data).hexdigest()})
+
+
+def of_width(width: int) -> bytes:
+    return denoiser_bytes(Denoiser(NetworkConfig(1, 4, 4, num_classes=2, base_width=width)))
+
+
+def test_a_shared_denoiser_of_the_jobs_network_is_taken(tmp_path: Path) -> None:
+    spec = prepared(tmp_path, network={"baseWidth": 16})
+    assert isinstance(sample.read_shared(with_shared(spec, of_width(16))), Denoiser)
+
+
+@pytest.mark.parametrize("width", [8, 20])
+def test_a_shared_denoiser_of_another_size_than_the_jobs_ends_the_stage_with_65(tmp_path: Path, width: int) -> None:
+    spec = with_shared(prepared(tmp_path, network={"baseWidth": 16}), of_width(width))
+    before = files(tmp_path)
+    with pytest.raises(DataInvalid, match=f"base_width {width} where the job says 16") as refusal:
+        sample.body(spec)
+    assert refusal.value.exit_code == 65 and files(tmp_path) == before
+
+
+def test_a_shared_denoiser_is_not_read_to_its_end_if_it_is_larger_than_the_jobs_can_be(tmp_path: Path) -> None:
+    spec = with_shared(prepared(tmp_path, network={"baseWidth": 16}), bytes(16 << 20))
+    with pytest.raises(DataInvalid, match=r"shared/denoiser\.safetensors: expected at most [0-9]+ bytes, found more"):
+        sample.read_shared(spec)
+
+
+def test_a_reader_without_a_limit_would_read_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: what is wrong is found when everything is in memory."""
+    monkeypatch.setattr(sample, "most_bytes", lambda kind, config: 1 << 40)
+    spec = with_shared(prepared(tmp_path, network={"baseWidth": 16}), bytes(16 << 20))
+    with pytest.raises(DataInvalid, match="expected a denoiser of format"):
+        sample.read_shared(spec)
 
 
 @pytest.mark.parametrize("store", ["owner", "federation"])

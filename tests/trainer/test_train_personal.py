@@ -249,7 +249,8 @@ def test_the_denoiser_lies_in_the_owners_store_alone(tmp_path: Path, job: str) -
     assert len(after) == len(before) + len(new) + 1, "and a checkpoint"
     assert new == {f"owner-a/store/{layout.personal_denoiser(UID, 'a')}"}
     assert all(after[name] == data for name, data in before.items())
-    assert isinstance(denoiser_from_bytes(after[new.pop()], "personal"), Denoiser)
+    config = train_personal.initial_denoiser(spec).config
+    assert isinstance(denoiser_from_bytes(after[new.pop()], "personal", config), Denoiser)
 
 
 def test_another_release_than_the_planners_is_refused(tmp_path: Path) -> None:

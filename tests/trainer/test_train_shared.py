@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from prometheus_client.parser import text_string_to_metric_families
@@ -45,7 +46,7 @@ from feddiff_trainer.pooling import pool
 from feddiff_trainer.release import release
 from feddiff_trainer.stores import FolderStore, open_store
 from feddiff_trainer.telemetry import telling
-from feddiff_trainer.train_shared import releases_of
+from feddiff_trainer.train_shared import network_config, releases_of
 from feddiff_trainer.training import BatchLoss, World
 
 UID = "uid-00000001"
@@ -91,6 +92,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finish
             return Finished(spec, before, *result(spec), losses)
 
     return run
+
+
+def denoiser_of(run: Finished) -> Denoiser | ClassGaussian:
+    spec = run.spec
+    config = network_config(spec.network, spec.image, spec.num_classes, train_shared.sigma_data_of(spec))
+    return denoiser_from_bytes(run.weights, "shared", config)
 
 
 def write_records(path: Path, counts: tuple[int, ...], seed: int) -> None:
@@ -200,13 +207,13 @@ def test_denoiser_and_samples_are_in_the_federation_store(finished: Callable[[st
     new = after - run.listed_before - set(checkpoints_of(run.spec))
     assert new == {layout.shared_denoiser(UID), layout.shared_samples(UID)}
     assert len(checkpoints_of(run.spec)) == (0 if job == "closedForm" else 1)
-    assert isinstance(denoiser_from_bytes(run.weights, "shared"), ClassGaussian if job == "closedForm" else Denoiser)
+    assert isinstance(denoiser_of(run), ClassGaussian if job == "closedForm" else Denoiser)
     images = read_samples(run.samples, "samples", ["images"], run.spec.image, 2)
     assert images.labels_N.tolist() == [0] * 10 + [1] * 10 and images.images["images"].std() > 0
 
 
 def test_closed_form_is_the_denoiser_of_the_pool(finished: Callable[[str], Finished]) -> None:
-    spec, found = finished("closedForm").spec, denoiser_from_bytes(finished("closedForm").weights, "shared")
+    spec, found = finished("closedForm").spec, denoiser_of(finished("closedForm"))
     y_BCHW, label_B = (
         torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double(),
         torch.arange(20) % 2,
@@ -233,7 +240,7 @@ def test_closed_form_shows_each_class_as_it_is(finished: Callable[[str], Finishe
     mean_std = promise_of(run.spec.privacy, run.spec.diffusion).mean_std
     assert mean_std is not None
     error = math.hypot(2 * mean_std / math.hypot(120, 30), 0.6 / math.sqrt(12 * 150))
-    found = denoiser_from_bytes(finished("closedForm").weights, "shared")
+    found = denoiser_of(finished("closedForm"))
     label_B = torch.arange(2)
     x0_BHW = found(torch.zeros(2, 1, 4, 4), torch.full((2,), 1000.0), label_B)[:, 0]
     bright, dark = 2 * 0.75 - 1, 2 * 0.15 - 1
@@ -262,7 +269,7 @@ def test_loss_falls(finished: Callable[[str], Finished], job: str) -> None:
 def test_trained_on_summaries_it_comes_near_the_closed_form(finished: Callable[[str], Finished]) -> None:
     """Above the split, where it was trained. Untrained, the estimate is c_skip·y, nearly zero at these levels."""
     run = finished("summary")
-    found, exact = denoiser_from_bytes(run.weights, "shared"), pool_of_all(run.spec, 0.5)
+    found, exact = denoiser_of(run), pool_of_all(run.spec, 0.5)
     generator, label_B = torch.Generator().manual_seed(2), torch.arange(200) % 2
     sigma_B = torch.full((200,), 2.0)
     y_BCHW = exact.draw(label_B, (1, 4, 4), generator).float() + 2 * torch.randn(200, 1, 4, 4, generator=generator)
@@ -503,7 +510,7 @@ def test_two_ranks_make_the_denoiser_of_one(two_ranks: Ranks) -> None:
 
 
 def flat(data: bytes) -> Tensor:
-    return torch.cat([weight.detach().flatten() for weight in denoiser_from_bytes(data, "shared").parameters()])
+    return torch.cat([weight.flatten() for _, weight in sorted(safetensors.torch.load(data).items())])
 
 
 def test_what_one_rank_finds_wrong_every_rank_says(two_ranks: Ranks) -> None:

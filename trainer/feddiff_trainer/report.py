@@ -18,7 +18,7 @@ from feddiff_protocol.stages import BudgetLine, Duration, ReportSpec
 from .pages import Banner, Html, Page, bullets, definitions, element, joined, paragraph, render, rows, section, table
 from .pictures import LabelledImages, Pixels, bar, grid, image, read_samples, roc_bound
 from .stage import installed_versions, run_stage
-from .stores import get_verified, open_store
+from .stores import check_verified, open_store
 
 SET = "images"  # its name in the file of the shared denoiser's samples
 SHOWN_PER_CLASS = 16
@@ -41,7 +41,7 @@ MECHANISMS = {
 def body(spec: ReportSpec) -> dict[str, str]:
     """The job report is in the federation store; its hash comes back. Raises DataInvalid for another denoiser's job."""
     store = open_store(spec.federation_store, "federation")
-    get_verified(store, layout.shared_denoiser(spec.job.uid), spec.shared_denoiser_sha256)  # the samples are its
+    check_verified(store, layout.shared_denoiser(spec.job.uid), spec.shared_denoiser_sha256)  # the samples are its
     key = layout.shared_samples(spec.job.uid)
     samples = read_samples(store.get(key), key, [SET], spec.image, spec.classes.count)
     page = job_report(spec, samples, installed_versions())

@@ -12,7 +12,7 @@ from torch import Tensor
 from feddiff_protocol import layout
 from feddiff_protocol.stages import SampleSpec
 
-from .denoisers import denoiser_from_bytes
+from .denoisers import denoiser_from_bytes, most_bytes
 from .denoising import Denoise
 from .drawing import (
     CHUNK,
@@ -26,23 +26,34 @@ from .drawing import (
     save_npz,
     to_pixels,
 )
+from .network import NetworkConfig
 from .stage import report_progress, run_stage
 from .stores import get_verified, open_store
-from .train_shared import image_shape
+from .train_shared import SIGMA_DATA, image_shape, network_config, sigma_data_of
 
 
 def body(spec: SampleSpec) -> dict[str, str]:
     owner_store = open_store(spec.owner_store, "owner")
-    shared_key = layout.shared_denoiser(spec.job.uid)
-    shared = get_verified(open_store(spec.federation_store, "federation"), shared_key, spec.shared_denoiser_sha256)
     key = layout.personal_denoiser(spec.job.uid, spec.client)
-    personal = denoiser_from_bytes(owner_store.get(key), key)
-    images, label_N = draw_arms(spec, denoiser_from_bytes(shared, shared_key), personal, generator_of(spec))
+    personal = denoiser_from_bytes(owner_store.get(key), key, network_of(spec, SIGMA_DATA))
+    images, label_N = draw_arms(spec, read_shared(spec), personal, generator_of(spec))
     if spec.output is not None:
         save_npz(spec.output, images, label_N)
     else:
         owner_store.put(layout.samples(spec.job.uid, spec.client), pack(images, label_N))
     return {}
+
+
+def read_shared(spec: SampleSpec) -> Denoise:
+    """The shared denoiser that the planner heard of. It is another party's: its size follows from the job alone."""
+    store, key = open_store(spec.federation_store, "federation"), layout.shared_denoiser(spec.job.uid)
+    config = network_of(spec, sigma_data_of(spec))
+    most = most_bytes("gaussian" if spec.shared.denoiser == "closedForm" else "unet", config)
+    return denoiser_from_bytes(get_verified(store, key, spec.shared_denoiser_sha256, most), key, config)
+
+
+def network_of(spec: SampleSpec, sigma_data: float) -> NetworkConfig:
+    return network_config(spec.network, spec.image, spec.classes.count, sigma_data)
 
 
 def generator_of(spec: SampleSpec) -> torch.Generator:

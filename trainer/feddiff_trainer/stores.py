@@ -126,12 +126,25 @@ def settings_of(whose: str | None) -> Iterator[None]:
         os.environ.update(before)
 
 
-def get_verified(store: Store, key: str, sha256: str) -> bytes:
-    """The object whose hash the planner handed over. Raises DataInvalid if the store holds another."""
-    data = store.get(key)
-    if (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise DataInvalid(f"{key}: expected SHA-256 {sha256}, found {found}; somebody replaced it: make it again")
+def get_verified(store: Store, key: str, sha256: str, most_bytes: int) -> bytes:
+    """The object whose hash the planner handed over. Raises DataInvalid if the store holds another, or one of more
+    than `most_bytes`."""
+    data, found = read_hashed(store, key, most_bytes)
+    _refuse_another(key, sha256, found)
     return data
+
+
+def check_verified(store: Store, key: str, sha256: str) -> None:
+    """Returns if the store holds the object whose hash the planner handed over; DataInvalid if it holds another."""
+    digest = hashlib.sha256()
+    for piece in store.stream(key):
+        digest.update(piece)
+    _refuse_another(key, sha256, digest.hexdigest())
+
+
+def _refuse_another(key: str, expected: str, found: str) -> None:
+    if found != expected:
+        raise DataInvalid(f"{key}: expected SHA-256 {expected}, found {found}; somebody replaced it: make it again")
 
 
 def read_hashed(store: Store, key: str, most_bytes: int) -> tuple[bytes, str]:

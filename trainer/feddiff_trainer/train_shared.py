@@ -120,7 +120,7 @@ def pooled_images(releases: Releases) -> tuple[Tensor, Tensor]:
     return torch.cat([release.images_NCHW for release in noised]), torch.cat([release.labels_N for release in noised])
 
 
-def sigma_data_of(spec: TrainSharedSpec) -> float:
+def sigma_data_of(spec: TrainSharedSpec | OwnerStageSpec) -> float:
     """Standard deviation of what plays the clean image: images, or, restarted, x̃ = α·x + s·z."""
     if spec.diffusion.timeline is not Timeline.RESTARTED:
         return SIGMA_DATA

@@ -105,21 +105,25 @@ def moments_of(images_ND: Tensor, label_N: Tensor, num_classes: int, noise_std: 
     x̃ = x + noise of E[noise | x] = 0 and Cov(noise | x) = s²·I has the mean of x and the covariance Σ + s²·I, so the
     sample covariance, over n - 1, less s²·I has the expectation Σ.
     """
-    num_values, means, covariances = images_ND.shape[1], [], []
-    for k in range(num_classes):
-        x_nD = images_ND[label_N == k]
-        sum_D, square_DD = (torch.zeros(shape, dtype=torch.float64) for shape in (num_values, (num_values,) * 2))
-        for rows_nD in x_nD.split(ROWS):
-            sum_D += rows_nD.double().sum(dim=0)
-        means.append(sum_D / max(len(x_nD), 1))
-        for rows_nD in x_nD.split(ROWS):
-            centred_nD = rows_nD.double() - means[k]
-            square_DD += centred_nD.T @ centred_nD
-        if len(x_nD) >= 2:
-            square_DD = square_DD / (len(x_nD) - 1) - noise_std**2 * torch.eye(num_values, dtype=torch.float64)
-        covariances.append(packed(square_DD))
+    classes = [_moments_of_class(images_ND[label_N == k], noise_std) for k in range(num_classes)]
+    means, covariances = zip(*classes, strict=True)
     counts_K = torch.bincount(label_N, minlength=num_classes)
     return OwnerMoments(torch.stack(means), torch.stack(covariances), counts_K, noise_std)
+
+
+def _moments_of_class(images_nD: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
+    """Mean and packed covariance; zeros of no image, and a covariance of zeros of one."""
+    count, num_values = images_nD.shape
+    batches = [images_nD[start : start + ROWS] for start in range(0, count, ROWS)]
+    mean_D, square_DD = (torch.zeros(shape, dtype=torch.float64) for shape in (num_values, (num_values, num_values)))
+    for rows_nD in batches:
+        mean_D += rows_nD.double().sum(dim=0) / count
+    for rows_nD in batches:
+        centred_nD = rows_nD.double() - mean_D
+        square_DD += centred_nD.T @ centred_nD
+    if count >= 2:
+        square_DD = square_DD / (count - 1) - noise_std**2 * torch.eye(num_values, dtype=torch.float64)
+    return mean_D, packed(square_DD)
 
 
 def exact_summary(x_ND: Tensor, label_N: Tensor, released: OwnerSummary) -> OwnerSummary:

@@ -53,7 +53,7 @@ def directions(pixels_ND: Float64) -> Float64:
     """u_ND = x/‖x‖; an image that is black everywhere has the direction of a grey one, a public constant."""
     largest_N = pixels_ND.max(axis=1, keepdims=True)
     # By the largest value first: the squares of a nearly black image could vanish.
-    u_ND = np.divide(pixels_ND, largest_N, out=np.ones_like(pixels_ND), where=largest_N > 0)
+    u_ND: Float64 = np.divide(pixels_ND, largest_N, out=np.ones_like(pixels_ND), where=largest_N > 0)
     u_ND /= norms(u_ND)[:, None]
     return u_ND
 

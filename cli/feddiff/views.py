@@ -68,8 +68,7 @@ def _print_ledger(dataset: LocalDataset, state: LedgerState, console: Console) -
         console.print(_entries_table(state.entries))
     plural = "release" if state.num_releases == 1 else "releases"
     terms = f"δ = {decimal_text(budget.delta)}, {state.num_releases} {plural}"
-    left = ledger.remaining_pure_epsilon(budget, state.account.charges)
-    pure = f", of pure ε {left} of {budget.pure_epsilon}" if budget.pure_epsilon else ""
+    pure = f", of pure ε {state.remaining_pure_epsilon} of {budget.pure_epsilon}" if budget.pure_epsilon else ""
     console.print(
         f"  spent ε = {state.spent_epsilon:.4f} of {budget.epsilon} per {budget.unit} ({terms}),"
         f" remaining ε = {epsilon_left(state.remaining_epsilon)}{pure}\n",

@@ -46,6 +46,7 @@ def test_a_job_of_pure_epsilon_runs_to_its_reports_and_is_charged_once(world: An
         assert (outcome.exit_code, outcome.message) == (0, "")
     job_report, owner_reports = report_paths(folder)
     assert "ε = 4 per image, δ = 0, k = 1 release per owner" in job_report.read_text()
+    assert ", pure 2" in job_report.read_text()  # of 6
     assert "by the mechanism privunit" in owner_reports["a"].read_text()
     state = world.ledger("a")
     assert [str(each.charge.pure_epsilon) for each in state.entries] == ["4"]

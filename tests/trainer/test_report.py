@@ -120,6 +120,12 @@ def test_the_page_shows_budgets_durations_command_and_hashes(tmp_path: Path) -> 
         assert found in text
 
 
+def test_what_is_left_of_pure_epsilon_is_said_where_some_was_set_aside(tmp_path: Path) -> None:
+    budgets = (budget_of("a"), budget_of("b").model_copy(update={"remaining_pure_epsilon": "3"}))
+    text = text_of(written_page(tmp_path, spec_of(tmp_path, budgets=budgets)))
+    assert text.count("9.87") == 2 and text.count("9.87, pure 3") == 1
+
+
 def test_the_pages_only_pictures_are_the_shared_denoisers_samples(tmp_path: Path) -> None:
     page = written_page(tmp_path, spec_of(tmp_path))
     sheets = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)\"", page)]

@@ -200,7 +200,7 @@ def _budget_row(line: BudgetLine) -> list[str]:
     numbers = [
         line.budget_epsilon,
         line.spent_epsilon,
-        line.remaining_epsilon,
+        line.remaining_epsilon + (f", pure {line.remaining_pure_epsilon}" if line.remaining_pure_epsilon else ""),
         _tidied(line.delta),
         str(line.num_releases),
     ]

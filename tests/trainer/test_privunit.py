@@ -297,6 +297,11 @@ def test_pixels_outside_the_range_are_never_drawn_from(bad: float) -> None:
         release_privunit(np.array([[0.5, bad]]), best_cap(1.0, 16), seeded(0))
 
 
+def test_a_cap_for_images_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected 64 values as the cap has, found 16"):
+        release_privunit(ONE[None], best_cap(EPSILON, 64), seeded(0))
+
+
 def test_a_black_image_and_one_almost_black_have_directions_too() -> None:
     pixels_ND = np.zeros((3, SIZE))
     pixels_ND[1, 3], pixels_ND[2, :2] = 1e-300, 5e-324

@@ -36,9 +36,11 @@ def release_privunit(pixels_ND: Float64, cap: Cap, normals: Normals, entropy: En
     """z_ND on the unit sphere, one fresh draw per record (Bhowmick et al. 2018, Algorithm 1; docs/method.md).
 
     z = t·u + √(1 - t²)·w: given t, PrivUnit is symmetric about u, so w is uniform among unit vectors orthogonal to u,
-    a Gaussian vector less its part along u. pixels_ND in [0, 1], else DataInvalid.
+    a Gaussian vector less its part along u. pixels_ND in [0, 1], else DataInvalid; ValueError for another size's cap.
     """
     check_pixels(pixels_ND)
+    if pixels_ND.shape[1] != cap.dimensions:
+        raise ValueError(f"pixels_ND: expected {cap.dimensions} values as the cap has, found {pixels_ND.shape[1]}")
     u_ND = directions(pixels_ND)
     height_N = draw_heights(len(u_ND), cap, entropy)
     z_ND = normals(u_ND.shape)

@@ -46,6 +46,7 @@ def budget_document(books: Books) -> Object:
         "spentEpsilon": said.get("spent", ""),
         "reservedEpsilon": said.get("reserved", ""),
         "remainingEpsilon": said.get("remaining", ""),
+        "remainingPureEpsilon": said.get("remainingPure", ""),
         "releases": (books.dataset.get("status") or {}).get("numReleases", 0),
         "composedEpsilon": composed,
         "contradiction": contradiction,
@@ -114,7 +115,8 @@ def print_budgets(documents: Sequence[Object], console: Console) -> None:
     names = ("limitEpsilon", "spentEpsilon", "reservedEpsilon", "remainingEpsilon", "unit", "delta")
     rows = []
     for each in documents:  # of a ledger that does not add up, nobody may count on what remains
-        shown = {**each, "remainingEpsilon": ""} if each["contradiction"] else each
+        pure = f", pure {each['remainingPureEpsilon']}" if each["remainingPureEpsilon"] not in ("", "0") else ""
+        shown = {**each, "remainingEpsilon": "" if each["contradiction"] else each["remainingEpsilon"] + pure}
         rows.append((each["dataset"], *(shown[name] or "-" for name in names), str(each["releases"])))
     if rows:
         print_table(console, columns, rows)

@@ -370,13 +370,15 @@ def _over_budget(dataset: PrivateDataset, job: FederatedDiffusionJob, hold: str)
         return ""
     budget, charge = dataset.spec.budget, promise_of(job.spec.privacy, job.spec.diffusion).charge
     limit = budget_mu_squared(budget.epsilon, budget.delta, budget.pure_epsilon)
-    if admits(limit, budget.pure_epsilon, account.charges, charge).admitted:
+    admission = admits(limit, budget.pure_epsilon, account.charges, charge)
+    if admission.admitted:
         return ""
+    pure = f"; its pureEpsilon by {admission.excess_pure_epsilon} too much" if admission.excess_pure_epsilon else ""
     spent = spent_epsilon(account.charges, budget.delta)
     wanted = spent_epsilon((*account.charges, charge), budget.delta)
     return (
         f"its budget does not hold it: ε = {spent:.4f} of {budget.epsilon} counted, {wanted:.4f} with this job"
-        f" (per {budget.unit}, δ = {budget.delta})"
+        f" (per {budget.unit}, δ = {budget.delta}){pure}"
     )
 
 

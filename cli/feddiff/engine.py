@@ -410,6 +410,7 @@ class _Engine:
             budget_epsilon=str(state.budget.epsilon),
             spent_epsilon=two_decimals(state.spent_epsilon),
             remaining_epsilon=two_decimals(state.remaining_epsilon, ROUND_DOWN),
+            remaining_pure_epsilon=str(state.remaining_pure_epsilon) if state.budget.pure_epsilon else "",
             delta=str(state.budget.delta),
             num_releases=state.num_releases,
         )

@@ -74,6 +74,13 @@ class LedgerState:
         return ledger.remaining_epsilon(self.budget, self.account.charges)
 
     @property
+    def remaining_pure_epsilon(self) -> Decimal:
+        """The same of a release of pure ε."""
+        if ledger.inconsistency(self.account, self.entries):
+            return Decimal(0)
+        return ledger.remaining_pure_epsilon(self.budget, self.account.charges)
+
+    @property
     def num_releases(self) -> int:
         return sum(entry.phase is not Phase.RETURNED for entry in self.entries)
 

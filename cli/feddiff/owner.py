@@ -125,7 +125,8 @@ spec:
   image: {{channels: 1, height: 28, width: 28}}
   classes: {{count: 2, records: [1000, 1000], names: [healthy, ill]}}
   # CHANGE: what may be spent on all releases together, ever, per image. epsilon may be raised at any time, never
-  # lowered, so it begins low here; delta and unit can never change.
+  # lowered, so it begins low here; delta and unit can never change, nor pureEpsilon, a part of it set aside for
+  # mechanism privunit, 0 unless it stands here.
   budget: {{epsilon: "1", delta: "1e-5", unit: image}}
   # Whose jobs may use it, each for at most this epsilon. Nobody may by default.
 {access}

@@ -112,7 +112,9 @@ def check_lines(answer: dict[str, Any]) -> list[str]:
     quantiles = ", ".join(f"{share} {value:.4g}" for share, value in answer["normQuantiles"].items())
     lines.append(f"Euclidean norms (pixels in [0, 1]), quantiles: {quantiles}")
     for clip in answer["clips"]:
-        lines.append(f"{clip['field']} {clip['norm']} would scale {clip['touched']} of {answer['records']} images down")
+        raised = f" and {clip['raised']} up" if "raised" in clip else ""
+        touched = f"{clip['touched']} of {answer['records']} images down{raised}"
+        lines.append(f"{clip['field']} {clip['norm']} would scale {touched}")
     if released := answer.get("released"):
         shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in released["tensors"].items())
         lines.append(f"a release would hold {shapes} ({released['bytes']:,} bytes)")

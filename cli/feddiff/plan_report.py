@@ -10,7 +10,7 @@ from rich.table import Table
 
 from feddiff_protocol import accountant, ledger
 from feddiff_protocol.accountant import Charge
-from feddiff_protocol.promise import NOT_COVERED, signal_to_noise_db
+from feddiff_protocol.promise import NOT_COVERED, Promise, signal_to_noise_db
 
 from .documents import LocalJob
 from .local_ledger import LedgerState, read_ledger
@@ -35,17 +35,17 @@ def plan_clients(job: LocalJob) -> list[ClientPlan]:
 
 def _plan_client(job: LocalJob, client: str) -> ClientPlan:
     dataset, promise, privacy = job.datasets[client], job.promise, job.document.spec.privacy
-    state, delta = read_ledger(dataset), float(privacy.delta)
+    state, delta, mu = read_ledger(dataset), privacy.delta_or_zero, promise.mu
     document = {
         "client": client,
         "mechanism": privacy.mechanism.value,
         "unit": privacy.unit,
         "epsilon": str(privacy.epsilon),
-        "delta": decimal_text(privacy.delta),
-        "mu": promise.mu,
-        "paperEpsilon": accountant.paper_epsilon(promise.mu, delta),
-        "attackAuc": accountant.attack_auc(promise.mu),
-        "attackTprAt1PercentFpr": accountant.attack_tpr(promise.mu, FALSE_POSITIVE_RATE),
+        "delta": decimal_text(delta),
+        "mu": mu,
+        "paperEpsilon": None if mu is None else accountant.paper_epsilon(mu, float(delta)),
+        "attackAuc": promise.attack_auc,
+        "attackTprAt1PercentFpr": promise.attack_tpr(FALSE_POSITIVE_RATE),
         "releases": state.num_releases + 1,
         "split": {"step": promise.split_step, "sigma": promise.split_sigma},
         "budgetBefore": budget_document(state, ()),
@@ -61,6 +61,7 @@ def budget_document(state: LedgerState, further: tuple[Charge, ...]) -> dict[str
     return {
         "spentEpsilon": accountant.spent_epsilon(charges, state.budget.delta),
         "remainingEpsilon": ledger.remaining_epsilon(state.budget, charges),
+        "remainingPureEpsilon": str(ledger.remaining_pure_epsilon(state.budget, charges)),
         "limitEpsilon": str(state.budget.epsilon),
         "delta": decimal_text(state.budget.delta),
     }
@@ -109,19 +110,25 @@ def _promise_table(job: LocalJob, shown: dict[str, Any]) -> Table:
     per = f"per {shown['unit']}, δ = {shown['delta']}, 1 release"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("mechanism", shown["mechanism"])
-    table.add_row("promise", f"ε = {shown['epsilon']} {per} (μ = {promise.mu:.4f})")
-    table.add_row("paper's formula", f"ε = {shown['paperEpsilon']:.4f} {per} (valid, not tight)")
+    table.add_row("promise", f"ε = {shown['epsilon']} {per} ({_kind(promise)})")
+    if promise.mu is not None:
+        table.add_row("paper's formula", f"ε = {shown['paperEpsilon']:.4f} {per} (valid, not tight)")
     found = shown["attackTprAt1PercentFpr"]
     table.add_row("best attack", f"AUC {shown['attackAuc']:.4f}; {found:.1%} found at 1 % false alarms")
     table.add_row("split", f"step {promise.split_step} of {spec.diffusion.steps}, σ = {promise.split_sigma:.4g}")
     return table
 
 
+def _kind(promise: Promise) -> str:
+    return "pure ε" if promise.mu is None else f"μ = {promise.mu:.4f}"
+
+
 def _budget_table(job: LocalJob, clients: Sequence[ClientPlan]) -> Table:
     unit = job.document.spec.privacy.unit
     title = f"Budgets: ε per {unit} of all releases of a dataset, this one included"
     table = Table(title=title, title_justify="left", title_style="")
-    columns = ("client", "dataset", "ε before", "ε after", "ε budget", "ε left", "δ", "releases", "signal dB")
+    left = "ε left" if job.promise.mu is not None else "pure ε left"
+    columns = ("client", "dataset", "ε before", "ε after", "ε budget", left, "δ", "releases", "signal dB")
     for column in columns:
         table.add_column(column, justify="left" if column in ("client", "dataset") else "right")
     for each in clients:
@@ -132,7 +139,7 @@ def _budget_table(job: LocalJob, clients: Sequence[ClientPlan]) -> Table:
             f"{before['spentEpsilon']:.4f}",
             f"{after['spentEpsilon']:.4f}" + (" (!)" if each.refusal else ""),
             after["limitEpsilon"],
-            epsilon_left(after["remainingEpsilon"]),
+            epsilon_left(after["remainingEpsilon"]) if job.promise.mu is not None else after["remainingPureEpsilon"],
             after["delta"],
             str(each.document["releases"]),
             f"{each.document['signalToNoiseDb']:.1f}",
@@ -147,4 +154,4 @@ def epsilon_left(value: float) -> str:
 
 def decimal_text(value: Decimal) -> str:
     """ "1e-5" rather than "0.00001"."""
-    return f"{value:e}" if value < Decimal("0.001") else str(value)
+    return f"{value:e}" if 0 < value < Decimal("0.001") else str(value)

@@ -17,7 +17,8 @@ spec:
   # Public facts. records is published, part of every average, and checked against the records.
   image: {{channels: 1, height: 28, width: 28}}
   classes: {{count: 2, records: [1000, 1000], names: [healthy, ill]}}
-  # What may be spent on all releases together, ever, per image. epsilon may be raised, never lowered.
+  # What may be spent on all releases together, ever, per image. epsilon may be raised, never lowered. Mechanism
+  # privunit needs a part set aside from the start: pureEpsilon.
   budget: {{epsilon: "20", delta: "1e-5", unit: image}}
   # Whose jobs may use it, each for at most this epsilon. Nobody may by default.
   access: [{{namespace: research, maxEpsilon: "10"}}]

@@ -68,16 +68,17 @@ def _print_ledger(dataset: LocalDataset, state: LedgerState, console: Console) -
         console.print(_entries_table(state.entries))
     plural = "release" if state.num_releases == 1 else "releases"
     terms = f"δ = {decimal_text(budget.delta)}, {state.num_releases} {plural}"
+    pure = f", of pure ε {state.remaining_pure_epsilon} of {budget.pure_epsilon}" if budget.pure_epsilon else ""
     console.print(
         f"  spent ε = {state.spent_epsilon:.4f} of {budget.epsilon} per {budget.unit} ({terms}),"
-        f" remaining ε = {epsilon_left(state.remaining_epsilon)}\n",
+        f" remaining ε = {epsilon_left(state.remaining_epsilon)}{pure}\n",
         highlight=False,
         soft_wrap=True,
     )
 
 
 def _entries_table(entries: Sequence[Entry]) -> Table:
-    table = Table("reserved", "job", "client", "mechanism", "ε", "δ", "unit", "μ²", "phase", "manifest")
+    table = Table("reserved", "job", "client", "mechanism", "ε", "δ", "unit", "charge", "phase", "manifest")
     for entry in entries:
         table.add_row(
             entry.reserved_at[:19],
@@ -87,11 +88,18 @@ def _entries_table(entries: Sequence[Entry]) -> Table:
             str(entry.epsilon),
             decimal_text(entry.delta),
             entry.unit,
-            f"{entry.charge.mu_squared:.6f}",
+            charge_text(entry),
             entry.phase.value,
             entry.manifest_sha256[:12],
         )
     return table
+
+
+def charge_text(entry: Entry) -> str:
+    """What the entry adds to its ledger's sums."""
+    if entry.charge.pure_epsilon:
+        return f"pure ε {entry.charge.pure_epsilon}"
+    return f"μ² {entry.charge.mu_squared:.6f}"
 
 
 # ---- status ----------------------------------------------------------------------------------------------------

@@ -53,16 +53,23 @@ class DatasetFacts:
     reserved: str
     spent: str
     remaining: str
+    remaining_pure: str
     consistent: bool
     generation: int
     acknowledged: str
+
+    @property
+    def largest_remaining(self) -> float:
+        """Largest ε that one more release of whatever mechanism may have; 0 is an exhausted budget."""
+        return max(_number(self.remaining), _number(self.remaining_pure))  # NaN stays: nothing is larger
 
     def may_admit_more_than(self, before: "DatasetFacts") -> bool:
         """Whether a job that waits for budget might get it now and did not before; a mere reservation is no reason,
         or every job would look again for every other's."""
         changed = (self.generation, self.consistent, self.acknowledged)
         more = _number(self.remaining) > _number(before.remaining)
-        return more or changed != (before.generation, before.consistent, before.acknowledged)
+        more_pure = _number(self.remaining_pure) > _number(before.remaining_pure)
+        return more or more_pure or changed != (before.generation, before.consistent, before.acknowledged)
 
 
 def job_facts(body: Mapping[str, Any]) -> JobFacts:
@@ -102,6 +109,7 @@ def dataset_facts(body: Mapping[str, Any]) -> DatasetFacts:
         reserved=str(held.get("reserved", "0")),
         spent=str(held.get("spent", "0")),
         remaining=str(held.get("remaining", "")),
+        remaining_pure=str(held.get("remainingPure", "")),
         consistent=not any(c.get("status") == "False" for c in contradicted),
         generation=int(metadata.get("generation", 0)),
         acknowledged=str((metadata.get("annotations") or {}).get("feddiff.dev/acknowledge-ledger", "")),
@@ -298,7 +306,8 @@ class _States(Collector):
             )
             for facts in datasets:
                 labels = (facts.namespace, facts.name, facts.unit, facts.delta)
-                family.add_metric(labels, _number(getattr(facts, part)))
+                value = facts.largest_remaining if part == "remaining" else _number(getattr(facts, part))
+                family.add_metric(labels, value)
             yield family
         mismatch = GaugeMetricFamily(
             "feddiff_ledger_mismatch", "1 while a ledger contradicts its account", labels=("namespace", "dataset")

@@ -61,9 +61,9 @@ def _of_budget(old: Object, new: Object, spent: str) -> Iterator[News]:
 
 def _spent(dataset: Object) -> str:
     promised, held = dataset["spec"].get("budget") or {}, (dataset.get("status") or {}).get("budget") or {}
-    return (
-        f"ε = {held.get('spent', '?')} of {promised.get('epsilon', '?')} is spent, {held.get('remaining', '?')} remains"
-    )
+    pure = f", of pure ε {held['remainingPure']}" if held.get("remainingPure", "0") != "0" else ""
+    left = f"{held.get('remaining', '?')} remains{pure}"
+    return f"ε = {held.get('spent', '?')} of {promised.get('epsilon', '?')} is spent, {left}"
 
 
 def _turned(old: Object, new: Object, kind: str, status: str) -> bool:

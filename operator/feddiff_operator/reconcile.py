@@ -685,6 +685,7 @@ def _budget_line(client: str, dataset: PrivateDataset | None) -> BudgetLine:
         budget_epsilon=str(dataset.spec.budget.epsilon),
         spent_epsilon=str(budget.get("spent", "")),
         remaining_epsilon=str(budget.get("remaining", "")),
+        remaining_pure_epsilon=str(budget.get("remainingPure", "")) if dataset.spec.budget.pure_epsilon else "",
         delta=str(dataset.spec.budget.delta),
         num_releases=int((dataset.status or {}).get("numReleases", 0)),
     )

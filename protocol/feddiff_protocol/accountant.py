@@ -1,6 +1,6 @@
 """What noise buys: from noise to (ε, δ) and back, and whether one more release still fits a budget.
 
-Everything is μ-GDP (Dong, Roth & Su 2019): a release whose worst pair of neighbouring records lies μ noise standard
+All but pure ε is μ-GDP (Dong, Roth & Su 2019): a release whose worst pair of neighbouring records lies μ noise standard
 deviations apart. Releases compose as Σμ², which is what the ledger charges; ε is computed once, from the sum.
 Neighbours differ in one record, replaced by any other of the same class.
 
@@ -86,6 +86,17 @@ def attack_tpr(mu: float, false_positive_rate: float) -> float:
 
     quantile = NormalDist().inv_cdf(_share("false_positive_rate", false_positive_rate))
     return 0.5 * math.erfc(-(_positive("mu", mu) + quantile) / math.sqrt(2))
+
+
+def pure_attack_auc(epsilon: float) -> float:
+    """The same of pure ε: e^ε/(1 + e^ε), the area under `pure_attack_tpr`."""
+    return 1 / (1 + math.exp(-_positive("epsilon", epsilon)))
+
+
+def pure_attack_tpr(epsilon: float, false_positive_rate: float) -> float:
+    """The same of pure ε, min(e^ε·f, 1 - e^-ε·(1 - f)): no test has more (Wasserman & Zhou 2010)."""
+    less, rate = math.exp(-_positive("epsilon", epsilon)), _share("false_positive_rate", false_positive_rate)
+    return min(rate / less, 1 - less * (1 - rate)) if less > 0 else 1.0
 
 
 def signal_to_noise_db(clip_norm: float, sigma: float, dimensions: int) -> float:
@@ -188,7 +199,7 @@ def charge_mu_squared(epsilon: Exact, delta: Exact) -> Decimal:
     rounded by the same function, so it admits one job of its own ε. The guard of 1e-12 leaves room for the rounding
     of everybody who computes with μ as a float: what was spent never shows above the budget.
     """
-    mu = mu_of(_float_below("epsilon", epsilon), _float_below("delta", delta))
+    mu = mu_of(float_below("epsilon", epsilon), float_below("delta", delta))
     return _TWELVE_DIGITS_DOWN.create_decimal_from_float(mu * mu * (1 - 1e-12))
 
 
@@ -218,7 +229,7 @@ def admits(budget_mu_squared: Decimal, pure_epsilon: Decimal, charges: Iterable[
 def spent_epsilon(charges: Iterable[Charge], delta: Exact) -> float:
     """ε that all charges together amount to at δ: Σε of the pure ones plus ε(√Σμ², δ) of the Gaussian ones."""
     spent = total_charge(charges)
-    gaussian = epsilon_of(math.sqrt(spent.mu_squared), _float_below("delta", delta)) if spent.mu_squared else 0.0
+    gaussian = epsilon_of(math.sqrt(spent.mu_squared), float_below("delta", delta)) if spent.mu_squared else 0.0
     return float(_EXACT.add(spent.pure_epsilon, Decimal(gaussian)))
 
 
@@ -404,7 +415,7 @@ def _non_negative_decimal(name: str, value: Decimal) -> Decimal:
     return value
 
 
-def _float_below(name: str, value: Exact) -> float:
+def float_below(name: str, value: Exact) -> float:
     """The largest double that is not above `value`: a promise is never weakened by conversion."""
     number = _decimal(name, value)
     nearest = float(number)

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 
 from .errors import SpecInvalid
+from .privunit import LARGEST_EPSILON, SMALLEST_EPSILON
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -372,7 +373,7 @@ class PrivacyReleaseSpec(Wire):
     mechanism: Annotated[str, Field(max_length=63)] = Field(description="how the release is noised, as the job says")
     unit: Literal["image"] = Field(description="what is protected, as the budget says")
     epsilon: Positive = Field(description="ε of this release alone, at delta")
-    delta: Delta = Field(description="δ of this release alone")
+    delta: ShareOrNothing = Field(description="δ of this release alone; 0 where it promises pure ε")
     charge: ChargeSpec
     reserved_at: Annotated[str, Field(max_length=40)] = Field(
         description="when the budget was reserved: RFC 3339, in UTC"
@@ -412,6 +413,7 @@ class ClientSpec(Wire):
 class Mechanism(StrEnum):
     GAUSSIAN = "gaussian"
     SUMMARY = "summary"
+    PRIVUNIT = "privunit"
 
 
 class Pixels(StrEnum):
@@ -421,7 +423,13 @@ class Pixels(StrEnum):
     MINUS_ONE_TO_ONE = "minusOneToOne"
 
 
-_SUMMARY_FIELDS = ("moment_clip_norm", "mean_share", "centre", "variance_guess")
+_FIELDS_OF_ONE = {
+    "pixels": (Mechanism.GAUSSIAN,),
+    "moment_clip_norm": (Mechanism.SUMMARY,),
+    "mean_share": (Mechanism.SUMMARY,),
+    "centre": (Mechanism.SUMMARY,),
+    "variance_guess": (Mechanism.SUMMARY, Mechanism.PRIVUNIT),
+}
 
 
 class PrivacySpec(Wire):
@@ -432,23 +440,43 @@ class PrivacySpec(Wire):
         ("(self.mechanism == 'summary') == has(self.momentClipNorm)", "momentClipNorm goes with mechanism summary"),
         ("self.mechanism == 'gaussian' || !has(self.pixels)", "pixels goes with mechanism gaussian"),
         (
-            "self.mechanism == 'summary' || !(has(self.meanShare) || has(self.centre) || has(self.varianceGuess))",
-            "meanShare, centre and varianceGuess go with mechanism summary",
+            "self.mechanism == 'summary' || !(has(self.meanShare) || has(self.centre))",
+            "meanShare and centre go with mechanism summary",
+        ),
+        (
+            "self.mechanism != 'gaussian' || !has(self.varianceGuess)",
+            "varianceGuess goes with mechanism summary or privunit",
+        ),
+        (
+            "self.mechanism == 'privunit' || has(self.delta) && double(self.delta) > 0.0",
+            "a delta above 0 goes with mechanism gaussian or summary",
+        ),
+        (
+            "self.mechanism != 'privunit' || !has(self.delta) || double(self.delta) == 0.0",
+            "mechanism privunit goes with delta 0, or none",
+        ),
+        (
+            "self.mechanism != 'privunit' || double(self.epsilon) >= 0.001 && double(self.epsilon) <= 100.0",
+            "mechanism privunit goes with an epsilon of 0.001 to 100",
         ),
     )
 
     mechanism: Mechanism = Field(
         description="gaussian: every image leaves, clipped and noised once; summary: per class, a noisy mean and a"
-        " noisy second moment leave. There is no default"
+        " noisy second moment leave; privunit: every image's direction leaves, drawn anew at a pure ε. There is no"
+        " default"
     )
     epsilon: Positive = Field(description="ε that each owner's release may lose, per unit at delta; charged once")
-    delta: Delta = Field(description="δ at which epsilon is stated")
+    delta: ShareOrNothing | None = Field(
+        None,
+        description='δ at which epsilon is stated, above 0; privunit promises pure ε: leave it out there, or say "0"',
+    )
     unit: Literal["image"] = Field(
         "image", description="what is protected: replacing one image by another of its class"
     )
     clip_norm: Positive = Field(
         description="largest Euclidean norm of an image, in [0, 1] units unless pixels says otherwise; longer ones are"
-        " scaled down"
+        " scaled down. privunit: the norm to which every image is scaled"
     )
     pixels: Pixels | None = Field(
         None,
@@ -463,21 +491,40 @@ class PrivacySpec(Wire):
         None, description="summary: pixel value that stands for the mean of a class of fewer than 20 records; 0.5"
     )
     variance_guess: Positive | None = Field(
-        None, description="summary: public guess of a pixel's variance in [0, 1] units, weighs owners; 0.05"
+        None, description="summary, privunit: public guess of a pixel's variance in [0, 1] units, weighs owners; 0.05"
     )
 
     @model_validator(mode="after")
     def _fields_belong_to_the_mechanism(self) -> "PrivacySpec":
-        if self.mechanism is Mechanism.SUMMARY:
-            if self.moment_clip_norm is None:
-                raise ValueError("momentClipNorm: mechanism summary needs it, none was given; add a public constant")
-            if self.pixels is not None:
-                raise ValueError("pixels: belongs to mechanism gaussian, found mechanism summary; remove it")
-        else:
-            for name in _SUMMARY_FIELDS:
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{to_camel(name)}: belongs to mechanism summary, found gaussian; remove it")
+        for name, mechanisms in _FIELDS_OF_ONE.items():
+            if getattr(self, name) is not None and self.mechanism not in mechanisms:
+                owners = " or ".join(mechanisms)
+                raise ValueError(f"{to_camel(name)}: belongs to mechanism {owners}, found {self.mechanism}; remove it")
+        if self.mechanism is Mechanism.SUMMARY and self.moment_clip_norm is None:
+            raise ValueError("momentClipNorm: mechanism summary needs it, none was given; add a public constant")
         return self
+
+    @model_validator(mode="after")
+    def _delta_is_what_the_mechanism_promises(self) -> "PrivacySpec":
+        if self.mechanism is not Mechanism.PRIVUNIT:
+            if not self.delta:
+                found = "none" if self.delta is None else self.delta
+                raise ValueError(f'delta: mechanism {self.mechanism} needs one above 0, found {found}; "1e-5" is usual')
+            return self
+        if self.delta:
+            raise ValueError(
+                f'delta: mechanism privunit promises pure ε, so δ is 0, found {self.delta}; remove it, or say "0"'
+            )
+        if not SMALLEST_EPSILON <= float(self.epsilon) <= LARGEST_EPSILON:
+            raise ValueError(
+                f"epsilon: expected {SMALLEST_EPSILON:g} to {LARGEST_EPSILON:g} with mechanism privunit,"
+                f" found {self.epsilon}; change it"
+            )
+        return self
+
+    @property
+    def delta_or_zero(self) -> Decimal:
+        return self.delta if self.delta is not None else Decimal(0)
 
     @property
     def clips_non_negative_pixels(self) -> bool:
@@ -514,8 +561,8 @@ class DiffusionSpec(Wire):
     beta_end: Share = Field(Decimal("0.02"), description="variance added by the last step; at least betaStart")
     split_sigma: Positive | None = Field(
         None,
-        description="summary, needed there: noise-to-signal, in [-1, 1] units, at which the shared denoiser hands over"
-        " to the owner's own; with gaussian it follows from ε",
+        description="summary, privunit, needed there: noise-to-signal, in [-1, 1] units, at which the shared denoiser"
+        " hands over to the owner's own; with gaussian it follows from ε",
     )
     timeline: Timeline | None = Field(
         None,
@@ -556,7 +603,8 @@ class SharedSpec(Wire):
     )
 
     denoiser: Literal["trained", "closedForm"] = Field(
-        "trained", description="closedForm: the pooled Gaussian's own denoiser, summary only, needs no training"
+        "trained",
+        description="closedForm: the pooled Gaussian's own denoiser, needs no training; with summary or privunit",
     )
     images: TrainingImages = Field(
         2_000_000, description="length of the training, in images seen by all ranks together"
@@ -568,7 +616,8 @@ class SharedSpec(Wire):
         1, description="ranks in each pod, one per GPU where there are any"
     )
     own_covariance_weight: Share = Field(
-        Decimal("0.5"), description="summary: weight of a class's own covariance against the classes' mean one"
+        Decimal("0.5"),
+        description="summary, privunit: weight of a class's own covariance against the classes' mean one",
     )
     resources: Annotated[
         Overlay,
@@ -609,7 +658,8 @@ class PersonalSpec(Wire):
         description="share of each batch that comes from the releases instead of own records; 0 leaves them out",
     )
     release_sigma: Positive | None = Field(
-        None, description="summary: lowest noise-to-signal at which draws are trained on; splitSigma unless said"
+        None,
+        description="summary, privunit: lowest noise-to-signal at which draws are trained on; splitSigma unless said",
     )
     clip_mix: Flag = Field(False, description="also train on clipped images, told apart by a flag (CVPR 2026)")
 
@@ -670,20 +720,20 @@ class FederatedDiffusionJobSpec(Wire):
     model_config = _rules(
         ("!has(self.quorum) || self.quorum <= size(self.clients)", "quorum can be at most the number of clients"),
         (
-            "(self.privacy.mechanism == 'summary') == has(self.diffusion.splitSigma)",
-            "diffusion.splitSigma goes with mechanism summary; with gaussian the split follows from epsilon",
+            "(self.privacy.mechanism != 'gaussian') == has(self.diffusion.splitSigma)",
+            "diffusion.splitSigma goes with summary or privunit; with gaussian the split follows from epsilon",
         ),
         (
             "self.privacy.mechanism == 'gaussian' || !has(self.diffusion.timeline)",
             "diffusion.timeline goes with mechanism gaussian",
         ),
         (
-            "self.privacy.mechanism == 'summary' || !has(self.personal.releaseSigma)",
-            "personal.releaseSigma goes with mechanism summary",
+            "self.privacy.mechanism != 'gaussian' || !has(self.personal.releaseSigma)",
+            "personal.releaseSigma goes with mechanism summary or privunit",
         ),
         (
-            "self.privacy.mechanism == 'summary' || self.shared.denoiser != 'closedForm'",
-            "shared.denoiser closedForm goes with mechanism summary",
+            "self.privacy.mechanism != 'gaussian' || self.shared.denoiser != 'closedForm'",
+            "shared.denoiser closedForm goes with mechanism summary or privunit",
         ),
         (
             "self.suspend || oldSelf.suspend || (has(self.shared) && has(self.shared.resources)"
@@ -764,11 +814,14 @@ class FederatedDiffusionJobSpec(Wire):
 
     @model_validator(mode="after")
     def _split_and_timeline_belong_to_the_mechanism(self) -> "FederatedDiffusionJobSpec":
-        if self.privacy.mechanism is Mechanism.SUMMARY:
+        mechanism = self.privacy.mechanism
+        if mechanism is not Mechanism.GAUSSIAN:
             if self.diffusion.split_sigma is None:
-                raise ValueError('diffusion.splitSigma: mechanism summary needs it, none was given; "0.25" is a start')
+                raise ValueError(
+                    f'diffusion.splitSigma: mechanism {mechanism} needs it, none was given; "0.25" is a start'
+                )
             if self.diffusion.timeline is not None:
-                raise ValueError("diffusion.timeline: belongs to mechanism gaussian, found summary; remove it")
+                raise ValueError(f"diffusion.timeline: belongs to mechanism gaussian, found {mechanism}; remove it")
         else:
             if self.diffusion.split_sigma is not None:
                 raise ValueError(
@@ -776,9 +829,13 @@ class FederatedDiffusionJobSpec(Wire):
                     f" found {self.diffusion.split_sigma}; remove it"
                 )
             if self.personal.release_sigma is not None:
-                raise ValueError("personal.releaseSigma: belongs to mechanism summary, found gaussian; remove it")
+                raise ValueError(
+                    "personal.releaseSigma: belongs to mechanism summary or privunit, found gaussian; remove it"
+                )
             if self.shared.denoiser == "closedForm":
-                raise ValueError("shared.denoiser: closedForm needs mechanism summary, found gaussian; use trained")
+                raise ValueError(
+                    "shared.denoiser: closedForm needs mechanism summary or privunit, found gaussian; use trained"
+                )
         return self
 
     @property

@@ -13,6 +13,7 @@ from decimal import Decimal
 from enum import StrEnum
 
 from .accountant import (
+    Admission,
     Charge,
     admits,
     budget_mu_squared,
@@ -128,11 +129,15 @@ def inconsistency(account: Account, entries: Iterable[Entry]) -> str | None:
         return f"the account counts {account.num_entries} entries, {len(folded)} exist"
     total = total_charge(entry.charge for entry in folded)
     if total != account.total:
-        return f"the account sums to μ² = {account.total.mu_squared}, its entries to {total.mu_squared}"
+        return f"the account sums to μ² = {_in_words(account.total)}, its entries to {_in_words(total)}"
     given_back = _given_back(folded)
     if account.returned.mu_squared > given_back.mu_squared or account.returned.pure_epsilon > given_back.pure_epsilon:
-        return f"the account counts μ² = {account.returned.mu_squared} as returned, entries {given_back.mu_squared}"
+        return f"the account counts μ² = {_in_words(account.returned)} as returned, entries {_in_words(given_back)}"
     return None
+
+
+def _in_words(charge: Charge) -> str:
+    return f"{charge.mu_squared} and pure ε = {charge.pure_epsilon}" if charge.pure_epsilon else f"{charge.mu_squared}"
 
 
 def _folded(account: Account, entries: Iterable[Entry]) -> list[Entry]:
@@ -230,7 +235,7 @@ def request_of(
         mechanism=privacy.mechanism.value,
         unit=privacy.unit,
         epsilon=privacy.epsilon,
-        delta=privacy.delta,
+        delta=privacy.delta_or_zero,
         charge=charge,
         reserved_at=reserved_at,
     )
@@ -252,7 +257,7 @@ def reserve(budget: BudgetSpec, account: Account, entries: Iterable[Entry], requ
     limit = budget_mu_squared(budget.epsilon, budget.delta, budget.pure_epsilon)
     admission = admits(limit, budget.pure_epsilon, account.charges, request.charge)
     if not admission.admitted:
-        return Refusal(_too_much(budget, limit, account, request))
+        return Refusal(_too_much(budget, limit, account, request, admission))
     return replace(account, pending=(*account.pending, request))
 
 
@@ -266,14 +271,22 @@ def _held_again(account: Account, held: Entry, request: Entry) -> Account | Refu
     return account
 
 
-def _too_much(budget: BudgetSpec, limit: Decimal, account: Account, request: Entry) -> str:
+def _too_much(budget: BudgetSpec, limit: Decimal, account: Account, request: Entry, found: Admission) -> str:
     spent = spent_epsilon(account.charges, budget.delta)
     wanted = spent_epsilon((*account.charges, request.charge), budget.delta)
-    used = total_charge(account.charges).mu_squared
-    return (
+    used = total_charge(account.charges)
+    said = (
         f"spent so far ε = {spent:.4f} of {budget.epsilon} (per {budget.unit}, δ = {budget.delta});"
         f" with this release of ε = {request.epsilon} it would be {wanted:.4f}"
-        f" (μ²: {used:.6f} + {request.charge.mu_squared:.6f} > {limit:.6f}); raise the budget or lower the job's ε"
+    )
+    if request.charge.pure_epsilon:
+        return (
+            f"{said} (pure ε: {used.pure_epsilon} + {request.charge.pure_epsilon} > {budget.pure_epsilon}, too much by"
+            f" {found.excess_pure_epsilon}); the budget's pureEpsilon cannot change: lower the job's ε"
+        )
+    return (
+        f"{said} (μ²: {used.mu_squared:.6f} + {request.charge.mu_squared:.6f} > {limit:.6f});"
+        " raise the budget or lower the job's ε"
     )
 
 
@@ -334,3 +347,9 @@ def remaining_epsilon(budget: BudgetSpec, charges: Iterable[Charge]) -> float:
     limit = budget_mu_squared(budget.epsilon, budget.delta, budget.pure_epsilon)
     left = limit - total_charge(charges).mu_squared
     return epsilon_of(float(left) ** 0.5, float(budget.delta)) if left > 0 else 0.0
+
+
+def remaining_pure_epsilon(budget: BudgetSpec, charges: Iterable[Charge]) -> Decimal:
+    """ε that one more release of pure ε could still ask for under this budget."""
+    spent = min(total_charge(charges).pure_epsilon, budget.pure_epsilon)
+    return difference(Charge(pure_epsilon=budget.pure_epsilon), Charge(pure_epsilon=spent)).pure_epsilon

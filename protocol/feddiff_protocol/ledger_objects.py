@@ -23,7 +23,7 @@ from .api import (
     parse,
 )
 from .errors import SpecInvalid
-from .ledger import Account, Entry, Phase, excess, remaining_epsilon
+from .ledger import Account, Entry, Phase, excess, remaining_epsilon, remaining_pure_epsilon
 
 Object = dict[str, Any]
 
@@ -224,13 +224,20 @@ def _budget(budget: BudgetSpec, account: Account, books: Books) -> Object:
     )
     spent = difference(everything, counted)
     spent_text, all_text = _up(spent_epsilon([spent], budget.delta)), _up(spent_epsilon([everything], budget.delta))
-    remaining = 0.0 if books.contradiction else remaining_epsilon(budget, account.charges)
+    remaining, pure = (0.0, Decimal(0)) if books.contradiction else _remaining(budget, account)
     return {
         "spent": f"{spent_text:f}",
         "reserved": f"{_shortest(all_text - spent_text):f}",
         "remaining": f"{_down(remaining):f}",
+        "remainingPure": f"{_shortest(pure):f}",
         "chargedMuSquared": str(spent.mu_squared),
+        "chargedPureEpsilon": str(spent.pure_epsilon),
     }
+
+
+def _remaining(budget: BudgetSpec, account: Account) -> tuple[float, Decimal]:
+    """ε that one more release could ask for: of Gaussian noise, and of pure ε."""
+    return remaining_epsilon(budget, account.charges), remaining_pure_epsilon(budget, account.charges)
 
 
 def _is_open(entry: Entry, account: Account) -> bool:
@@ -282,7 +289,8 @@ def _exhausted(books: Books) -> Object:
         return _condition("BudgetExhausted", "Unknown", "NotReady", "")
     if words := excess(books.budget, books.account):
         return _condition("BudgetExhausted", "True", "BudgetExceeded", words)
-    if not _down(remaining_epsilon(books.budget, books.account.charges)):
+    remaining, pure = _remaining(books.budget, books.account)
+    if not (_down(remaining) or pure):
         return _condition("BudgetExhausted", "True", "BudgetSpent", "no further release fits; the owner can raise it")
     return _condition("BudgetExhausted", "False", "BudgetLeft", "")
 

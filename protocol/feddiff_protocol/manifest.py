@@ -110,6 +110,7 @@ class GridSteps(Wire):
     """Base-2 exponents of the public grids: a released value is its integer times 2**exponent."""
 
     images: Annotated[int, Field(ge=-64, le=64)] | None = None  # gaussian: [-1, 1] units
+    directions: Annotated[int, Field(ge=-64, le=64)] | None = None  # privunit: of the unit sphere
     mean_sums: Annotated[int, Field(ge=-64, le=64)] | None = None  # summary: [0, 1] units
     moment_sums: Annotated[int, Field(ge=-64, le=64)] | None = None  # summary: squared [0, 1] units
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
-from . import accountant
+from . import accountant, privunit
 from .api import (
     DiffusionSpec,
     FederatedDiffusionJob,
@@ -21,21 +21,34 @@ from .api import (
 from .errors import SpecInvalid
 from .schedule import Schedule
 
-LARGEST_SUMMARY = 2**28  # float64 values: 2 GiB
+LARGEST_MOMENTS = 2**28  # float64 values: 2 GiB
 
 
 @dataclass(frozen=True)
 class Promise:
-    """μ-GDP per image, replace-one within a class, of one release. σ and clip are in [-1, 1] units."""
+    """μ-GDP or pure ε per image, replace-one within a class, of one release. σ is in [-1, 1] units."""
 
     mechanism: Mechanism
-    mu: float  # what is charged, and what the noise is drawn for
     charge: accountant.Charge
     split_step: int
     split_sigma: float
+    mu: float | None = None  # gaussian, summary: what is charged, and what the noise is drawn for
     mean_std: float | None = None  # summary: noise on the per-class sum of clipped images, [0, 1] units
     moment_std: float | None = None  # summary: noise on the per-class second moment, [0, 1] units
     step_mu: float | None = None  # gaussian: what the chosen step really gives, at most mu
+
+    @property
+    def attack_auc(self) -> float:
+        """Area under the curve of the best possible membership test on the release."""
+        if self.mu is None:
+            return accountant.pure_attack_auc(float(self.charge.pure_epsilon))
+        return accountant.attack_auc(self.mu)
+
+    def attack_tpr(self, false_positive_rate: float) -> float:
+        """True-positive rate of the best possible membership test on the release."""
+        if self.mu is None:
+            return accountant.pure_attack_tpr(float(self.charge.pure_epsilon), false_positive_rate)
+        return accountant.attack_tpr(self.mu, false_positive_rate)
 
 
 def schedule_of(diffusion: DiffusionSpec) -> Schedule:
@@ -48,12 +61,14 @@ def schedule_of(diffusion: DiffusionSpec) -> Schedule:
 
 def promise_of(privacy: PrivacySpec, diffusion: DiffusionSpec) -> Promise:
     """The promise a job makes to every client. Raises SpecInvalid when no split can keep it."""
+    if privacy.mechanism is Mechanism.PRIVUNIT:
+        return _privunit_promise(privacy, diffusion)
     mechanism = _summary_promise if privacy.mechanism is Mechanism.SUMMARY else _gaussian_promise
     try:
-        mu_squared = accountant.charge_mu_squared(privacy.epsilon, privacy.delta)
+        mu_squared = accountant.charge_mu_squared(privacy.epsilon, privacy.delta_or_zero)
         return mechanism(privacy, diffusion, math.sqrt(mu_squared), mu_squared)
     except accountant.UnreachablePromise as error:
-        reachable = accountant.epsilon_of(error.smallest_mu, float(privacy.delta))
+        reachable = accountant.epsilon_of(error.smallest_mu, float(privacy.delta_or_zero))
         raise SpecInvalid(f"spec.privacy.epsilon: {error}; the smallest ε in reach is {reachable:.4g}") from None
     except (ValueError, ArithmeticError) as error:
         raise SpecInvalid(f"spec.privacy: {error}") from None
@@ -65,7 +80,7 @@ def _gaussian_promise(privacy: PrivacySpec, diffusion: DiffusionSpec, mu: float,
     step = accountant.split_for(mu, sensitivity, schedule)
     sigma = schedule.sigma(step)
     return Promise(
-        Mechanism.GAUSSIAN, mu, accountant.Charge(mu_squared=mu_squared), step, sigma, step_mu=sensitivity / sigma
+        Mechanism.GAUSSIAN, accountant.Charge(mu_squared=mu_squared), step, sigma, mu, step_mu=sensitivity / sigma
     )
 
 
@@ -78,14 +93,8 @@ def gaussian_sensitivity(privacy: PrivacySpec) -> float:
 
 
 def _summary_promise(privacy: PrivacySpec, diffusion: DiffusionSpec, mu: float, mu_squared: Decimal) -> Promise:
-    schedule = schedule_of(diffusion)
-    assert diffusion.split_sigma is not None and privacy.moment_clip_norm is not None  # the types' validators saw to it
-    step = schedule.step_at_least(float(diffusion.split_sigma))
-    if step is None:
-        raise SpecInvalid(
-            f"spec.diffusion.splitSigma: expected at most σ = {schedule.sigma(diffusion.steps):.4g} of the last step,"
-            f" found {diffusion.split_sigma}; lower it"
-        )
+    assert privacy.moment_clip_norm is not None  # the types' validators saw to it
+    step, sigma = _split_asked_for(diffusion)
     noise = accountant.summary_noise(
         mu,
         accountant.gaussian_sensitivity(float(privacy.clip_norm), non_negative=True),
@@ -93,9 +102,30 @@ def _summary_promise(privacy: PrivacySpec, diffusion: DiffusionSpec, mu: float, 
         float(privacy.mean_share_or_default),
     )
     charge = accountant.Charge(mu_squared=mu_squared)
-    return Promise(
-        Mechanism.SUMMARY, mu, charge, step, schedule.sigma(step), mean_std=noise.mean_std, moment_std=noise.moment_std
-    )
+    return Promise(Mechanism.SUMMARY, charge, step, sigma, mu, mean_std=noise.mean_std, moment_std=noise.moment_std)
+
+
+def _privunit_promise(privacy: PrivacySpec, diffusion: DiffusionSpec) -> Promise:
+    """Every record is in one release once, so it costs the ε that was asked for, and no δ."""
+    return Promise(Mechanism.PRIVUNIT, accountant.Charge(pure_epsilon=privacy.epsilon), *_split_asked_for(diffusion))
+
+
+def cap_of(privacy: PrivacySpec, image: ImageSpec) -> privunit.Cap:
+    """privunit: what the directions of such images are drawn from, so that ε holds."""
+    return privunit.best_cap(accountant.float_below("epsilon", privacy.epsilon), image.dimensions)
+
+
+def _split_asked_for(diffusion: DiffusionSpec) -> tuple[int, float]:
+    """Step and σ of diffusion.splitSigma, where the split does not follow from ε."""
+    assert diffusion.split_sigma is not None  # the types' validators saw to it
+    schedule = schedule_of(diffusion)
+    step = schedule.step_at_least(float(diffusion.split_sigma))
+    if step is None:
+        raise SpecInvalid(
+            f"spec.diffusion.splitSigma: expected at most σ = {schedule.sigma(diffusion.steps):.4g} of the last step,"
+            f" found {diffusion.split_sigma}; lower it"
+        )
+    return step, schedule.sigma(step)
 
 
 def check_datasets(job: FederatedDiffusionJob, datasets: Mapping[str, PrivateDataset]) -> None:
@@ -118,22 +148,26 @@ def check_datasets(job: FederatedDiffusionJob, datasets: Mapping[str, PrivateDat
 
 
 def check_size(privacy: PrivacySpec, image: ImageSpec, num_classes: int) -> None:
-    """Raises SpecInvalid where a summary's second moments would not fit into memory."""
+    """Raises SpecInvalid where the classes' second moments would not fit into memory."""
     num_values = num_classes * image.dimensions * (image.dimensions + 1) // 2
-    if privacy.mechanism is Mechanism.SUMMARY and num_values > LARGEST_SUMMARY:
+    if privacy.mechanism is not Mechanism.GAUSSIAN and num_values > LARGEST_MOMENTS:
         raise SpecInvalid(
-            f"spec.image: expected at most {LARGEST_SUMMARY} second moments for mechanism summary, found {num_values}"
-            f" ({num_classes} classes of {image.dimensions} values); use smaller images or mechanism gaussian"
+            f"spec.image: expected at most {LARGEST_MOMENTS} second moments for mechanism {privacy.mechanism}, found"
+            f" {num_values} ({num_classes} classes of {image.dimensions} values); use smaller images or mechanism"
+            " gaussian"
         )
 
 
 def signal_to_noise_db(spec: FederatedDiffusionJobSpec, promise: Promise, image: ImageSpec, num_records: int) -> float:
-    """Signal left per dimension in dB: of one image (gaussian), of a class's mean over `num_records` (summary)."""
-    clip_norm = float(spec.privacy.clip_norm)
-    if promise.mean_std is None:
+    """Signal left per dimension in dB: of one image (gaussian), else of a class's mean over `num_records`."""
+    clip_norm, num_records = float(spec.privacy.clip_norm), max(num_records, 1)
+    if promise.mechanism is Mechanism.GAUSSIAN:
         scale = 2 if spec.privacy.clips_non_negative_pixels else 1
         return accountant.signal_to_noise_db(scale * clip_norm, promise.split_sigma, image.dimensions)
-    return accountant.signal_to_noise_db(clip_norm, promise.mean_std / max(num_records, 1), image.dimensions)
+    if promise.mean_std is not None:
+        return accountant.signal_to_noise_db(clip_norm, promise.mean_std / num_records, image.dimensions)
+    noise = cap_of(spec.privacy, image).noise_std(clip_norm) / math.sqrt(num_records)
+    return accountant.signal_to_noise_db(clip_norm, noise, image.dimensions)
 
 
 NOT_COVERED = (

@@ -133,6 +133,7 @@ class BudgetLine(Wire):
     budget_epsilon: str
     spent_epsilon: str
     remaining_epsilon: str
+    remaining_pure_epsilon: str = ""  # where the budget sets a part aside for pure ε
     delta: str
     num_releases: int
 

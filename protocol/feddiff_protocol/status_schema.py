@@ -99,7 +99,9 @@ def _dataset_status() -> Schema:
         remaining=_text(
             "largest ε that one more release may have; ε does not add up, so it differs from what the others leave"
         ),
+        remainingPure=_text("largest ε that one more release of pure ε may have, from spec.budget.pureEpsilon"),
         chargedMuSquared=_text("μ² of all that was charged: these do add up"),
+        chargedPureEpsilon=_text("pure ε of all that was charged: these add up too"),
     )
     return _object(
         "The ledger of the dataset, written by the operator alone.",

@@ -498,6 +498,11 @@ def test_a_job_above_the_largest_epsilon_is_refused(cluster: ControlPlane, caps:
     assert attempt(cluster, "researcher", job(epsilon="10")) == ""
     assert attempt(cluster, "researcher", job(epsilon="1e1")) == ""
     assert "is above 10" in attempt(cluster, "researcher", job(epsilon="1e2"))
+    pure = job(epsilon="10.001")
+    pure["spec"]["privacy"] = {"mechanism": "privunit", "epsilon": "10.001", "clipNorm": "4.25"}
+    assert "spec.privacy.epsilon: 10.001 is above 10" in attempt(cluster, "researcher", pure)
+    pure["spec"]["privacy"]["epsilon"] = "10"
+    assert attempt(cluster, "researcher", pure) == ""
 
 
 def test_a_lowered_cap_lets_a_job_be_stopped(cluster: ControlPlane, caps: Callable[..., None]) -> None:

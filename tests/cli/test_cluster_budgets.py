@@ -83,6 +83,16 @@ def test_books_that_were_tampered_with_do_not_add_up(how: str) -> None:
     assert text.splitlines()[1].split()[4] == "-", "nobody may count on what remains"
 
 
+def test_pure_epsilon_is_shown_beside_what_remains_where_some_was_set_aside() -> None:
+    good = books([entry(1, "4")])
+    assert "pure" not in shown(print_budgets, [budget_document(good)])
+    dataset = copy.deepcopy(good.dataset)
+    dataset["status"]["budget"]["remainingPure"] = "3"
+    document = budget_document(Books(dataset, good.releases))
+    assert document["remainingPureEpsilon"] == "3"
+    assert f"{document['remainingEpsilon']}, pure 3" in shown(print_budgets, [document])
+
+
 def test_tampering_is_found_by_the_check_and_not_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the comparison with the entries, the same books would pass."""
     monkeypatch.setattr(ledger, "inconsistency", lambda account, entries: None)

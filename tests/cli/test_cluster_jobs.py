@@ -284,6 +284,15 @@ def test_a_budget_that_would_be_exceeded_is_said_and_one_that_holds_is_not() -> 
     assert found["b"] == ("None", "")
 
 
+def test_pure_epsilon_that_was_not_set_aside_is_said() -> None:
+    asking = job(status("Reserving", "Reserving", "waiting"))
+    asking["spec"]["privacy"] = {"mechanism": "privunit", "epsilon": "2", "clipNorm": "4"}
+    asking["spec"]["diffusion"] = {"splitSigma": "0.25"}
+    found = clients(datasets={"clinic-a/scans": dataset("clinic-a", books([]))}, job=asking)
+    assert "ε = 0.0000 of 20 counted, 2.0000 with this job" in found["a"][1]
+    assert found["a"][1].endswith("; its pureEpsilon by 2 too much")
+
+
 def test_what_is_held_is_not_asked_again() -> None:
     held = entry(1, "3")
     full = dataset("clinic-a", books([held], limit="3"))

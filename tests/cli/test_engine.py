@@ -90,6 +90,7 @@ def test_the_report_is_told_budgets_durations_and_the_command(world: Any) -> Non
         ("a", "10.00", "15.31"),
         ("b", "10.00", "15.31"),
     ]
+    assert {line.remaining_pure_epsilon for line in report.budgets} == {""}
     assert len(report.durations) == 9
     assert report.command == "feddiff run job.yaml"
 

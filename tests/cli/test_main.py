@@ -71,7 +71,33 @@ def test_plan_as_json_holds_exactly_the_documented_keys(feddiff: Any, world: Any
     assert set(first["split"]) == {"step", "sigma"}
     assert first["budgetBefore"]["spentEpsilon"] == 0
     assert first["budgetAfter"]["spentEpsilon"] == pytest.approx(10)
-    assert set(first["budgetAfter"]) == {"spentEpsilon", "remainingEpsilon", "limitEpsilon", "delta"}
+    budget = {"spentEpsilon", "remainingEpsilon", "remainingPureEpsilon", "limitEpsilon", "delta"}
+    assert set(first["budgetAfter"]) == budget
+
+
+PURE = {"privacy": {"mechanism": "privunit", "epsilon": "2", "clipNorm": "4.25"}}
+
+
+def test_plan_of_pure_epsilon_says_that_delta_is_0_and_what_is_left_of_it(feddiff: Any, world: Any) -> None:
+    world.budget["pureEpsilon"] = "5"
+    code, out, err = feddiff("plan", world.job_file(**PURE))
+    assert (code, err) == (0, "")
+    for words in ("ε = 2 per image, δ = 0, 1 release (pure ε)", "pure ε left", "AUC 0.8808; 7.4% found at 1 %"):
+        assert words in out
+    assert "paper's formula" not in out and "μ" not in out
+    first = json.loads(feddiff("plan", world.job_file(**PURE), "--json")[1])["clients"][0]
+    assert set(first) == CLIENT_KEYS
+    assert (first["delta"], first["mu"], first["paperEpsilon"]) == ("0", None, None)
+    assert (first["budgetBefore"]["remainingPureEpsilon"], first["budgetAfter"]["remainingPureEpsilon"]) == ("5", "3")
+    assert first["budgetAfter"]["spentEpsilon"] == 2 and first["budgetAfter"]["remainingEpsilon"] < 15.0001
+
+
+def test_plan_of_pure_epsilon_that_no_budget_sets_aside_says_by_how_much_it_is_too_much(
+    feddiff: Any, world: Any
+) -> None:
+    code, _, err = feddiff("plan", world.job_file(**PURE))
+    assert code == 77
+    assert "(pure ε: 0 + 2 > 0, too much by 2)" in err and "raise the budget" not in err
 
 
 def test_plan_of_what_exceeds_a_budget_says_by_how_much_and_ends_with_77(feddiff: Any, world: Any) -> None:
@@ -202,6 +228,20 @@ def test_ledger_lists_every_entry_with_sums(feddiff: Any, world: Any) -> None:
     (entry,) = answer["datasets"][0]["entries"]
     assert (entry["phase"], entry["epsilon"], entry["job"]["name"]) == ("Charged", "10", "digits")
     assert answer["datasets"][0]["contradiction"] == ""
+
+
+def test_ledger_shows_pure_epsilon_apart(feddiff: Any, world: Any) -> None:
+    world.budget["pureEpsilon"] = "5"
+    world.run(world.job(), world.stages())
+    world.run(world.job("pure", **PURE), world.stages(), folder="pure")
+    code, out, _ = feddiff("ledger", world.job_file())
+    assert code == 0
+    assert "spent ε = 12.0000 of 20 per image (δ = 1e-5, 2 releases)" in out
+    assert "of pure ε 3 of 5" in out
+    for word in ("pure ε 2", "μ²", "privunit"):
+        assert word in out
+    entries = json.loads(feddiff("ledger", world.job_file(), "--json")[1])["datasets"][0]["entries"]
+    assert [(each["delta"], each["muSquared"], each["pureEpsilon"]) for each in entries][1] == ("0", "0", "2")
 
 
 def test_a_fresh_budget_shows_as_whole(feddiff: Any, world: Any) -> None:

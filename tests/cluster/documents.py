@@ -62,6 +62,8 @@ GAUSSIAN["spec"] |= {
     "diffusion": {"timeline": "restarted"},
     "personal": {"images": 100000, "batch": 256},
 }
+PRIVUNIT: dict[str, Any] = copy.deepcopy(SUMMARY)
+PRIVUNIT["spec"]["privacy"] = {"mechanism": "privunit", "epsilon": "2", "clipNorm": "4.25", "varianceGuess": "0.05"}
 RELEASE: dict[str, Any] = {
     "apiVersion": "feddiff.dev/v1alpha1",
     "kind": "PrivacyRelease",
@@ -204,7 +206,9 @@ def mutated(document: dict[str, Any], places: list[tuple[str, dict[str, Any]]], 
     return document
 
 
-def fuzzed(count: int, documents: Sequence[dict[str, Any]] = (DATASET, SUMMARY, GAUSSIAN)) -> Iterator[dict[str, Any]]:
+def fuzzed(
+    count: int, documents: Sequence[dict[str, Any]] = (DATASET, SUMMARY, GAUSSIAN, PRIVUNIT)
+) -> Iterator[dict[str, Any]]:
     """So many documents, made from these by one to three changes each; always the same."""
     random_numbers = random.Random(20260101)
     places = {}

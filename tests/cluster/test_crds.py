@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.documents import DATASET, GAUSSIAN, MISSING, PLURALS, RELEASE, SUMMARY, changed, fault, fuzzed, url
+from cluster.documents import (
+    DATASET,
+    GAUSSIAN,
+    MISSING,
+    PLURALS,
+    PRIVUNIT,
+    RELEASE,
+    SUMMARY,
+    changed,
+    fault,
+    fuzzed,
+    url,
+)
 from cluster.kubernetes import ControlPlane
 from feddiff_protocol.api import GROUP, parse_document
 from feddiff_protocol.crd import definitions
@@ -91,7 +103,7 @@ def test_what_the_server_stores_is_what_a_local_run_reads(control_plane: Control
 def test_explain_reads_well(control_plane: ControlPlane) -> None:
     text = control_plane.kubectl("explain", "fdj.spec.privacy")
     assert "One promise: (epsilon, delta) per unit, by a mechanism that has to be named." in " ".join(text.split())
-    for field in ("mechanism", "epsilon", "delta", "clipNorm"):
+    for field in ("mechanism", "epsilon", "clipNorm"):
         assert re.search(rf"^  {field}\t<string> -required-$|^  {field}\t<string>.*-required-", text, re.MULTILINE), (
             text
         )
@@ -152,12 +164,21 @@ REFUSED = [
     (SUMMARY, "spec.privacy.epsilon", "NaN", "should match"),
     (SUMMARY, "spec.privacy.epsilon", "10\n", "should match"),
     (SUMMARY, "spec.privacy.epsilon", MISSING, "spec.privacy.epsilon: Required value"),
-    (SUMMARY, "spec.privacy.delta", "0", "must be > 0.0"),
+    (SUMMARY, "spec.privacy.delta", "0", "a delta above 0 goes with mechanism gaussian or summary"),
+    (SUMMARY, "spec.privacy.delta", MISSING, "a delta above 0 goes with mechanism gaussian or summary"),
+    (GAUSSIAN, "spec.privacy.delta", MISSING, "a delta above 0 goes with mechanism gaussian or summary"),
+    (PRIVUNIT, "spec.privacy.delta", "1e-5", "mechanism privunit goes with delta 0, or none"),
+    (PRIVUNIT, "spec.privacy.epsilon", "0.0009", "mechanism privunit goes with an epsilon of 0.001 to 100"),
+    (PRIVUNIT, "spec.privacy.epsilon", "101", "mechanism privunit goes with an epsilon of 0.001 to 100"),
+    (PRIVUNIT, "spec.privacy.meanShare", "0.5", "meanShare and centre go with mechanism summary"),
+    (PRIVUNIT, "spec.privacy.pixels", "zeroToOne", "pixels goes with mechanism gaussian"),
+    (PRIVUNIT, "spec.diffusion.splitSigma", MISSING, "diffusion.splitSigma goes with summary or privunit"),
+    (PRIVUNIT, "spec.diffusion.timeline", "continued", "diffusion.timeline goes with mechanism gaussian"),
     (SUMMARY, "spec.privacy.delta", "1", "must be < 1.0"),
     (SUMMARY, "spec.privacy.delta", "0.99999999999999999999", "should match"),
     (SUMMARY, "spec.privacy.unit", "patient", 'supported values: "image"'),
     (SUMMARY, "spec.privacy.mechanism", MISSING, "spec.privacy.mechanism: Required value"),
-    (SUMMARY, "spec.privacy.mechanism", "laplace", 'supported values: "gaussian", "summary"'),
+    (SUMMARY, "spec.privacy.mechanism", "laplace", 'supported values: "gaussian", "summary", "privunit"'),
     (SUMMARY, "spec.privacy.clipNorm", MISSING, "spec.privacy.clipNorm: Required value"),
     (SUMMARY, "spec.privacy.clipNorm", "0", "must be > 0.0"),
     (SUMMARY, "spec.privacy.momentClipNorm", MISSING, "momentClipNorm goes with mechanism summary"),
@@ -165,9 +186,10 @@ REFUSED = [
     (SUMMARY, "spec.privacy.meanShare", "1", "must be < 1.0"),
     (SUMMARY, "spec.privacy.centre", "1.01", "must be <= 1.0"),
     (GAUSSIAN, "spec.privacy.momentClipNorm", "2.5", "momentClipNorm goes with mechanism summary"),
-    (GAUSSIAN, "spec.privacy.centre", "0.5", "meanShare, centre and varianceGuess go with mechanism summary"),
-    (GAUSSIAN, "spec.diffusion.splitSigma", "0.25", "diffusion.splitSigma goes with mechanism summary"),
-    (SUMMARY, "spec.diffusion.splitSigma", MISSING, "diffusion.splitSigma goes with mechanism summary"),
+    (GAUSSIAN, "spec.privacy.centre", "0.5", "meanShare and centre go with mechanism summary"),
+    (GAUSSIAN, "spec.privacy.varianceGuess", "0.05", "varianceGuess goes with mechanism summary or privunit"),
+    (GAUSSIAN, "spec.diffusion.splitSigma", "0.25", "diffusion.splitSigma goes with summary or privunit"),
+    (SUMMARY, "spec.diffusion.splitSigma", MISSING, "diffusion.splitSigma goes with summary or privunit"),
     (SUMMARY, "spec.diffusion.steps", 9, "greater than or equal to 10"),
     (SUMMARY, "spec.clients", [], "at least 1 items"),
     (SUMMARY, "spec.clients", 501 * SUMMARY["spec"]["clients"], "must have at most 1000 items"),
@@ -213,6 +235,7 @@ REFUSED = [
     (DATASET, "spec.source.path", "", "at least 1 chars"),
     (DATASET, "spec.image.channels", 5, "less than or equal to 4"),
     (RELEASE, "spec.epsilon", "0", "must be > 0.0"),
+    (RELEASE, "spec.delta", "1", "must be < 1.0"),
     (RELEASE, "spec.charge", MISSING, "spec.charge: Required value"),
 ]
 RULE_WORDS = re.compile(r"^must be [<>]|goes? with|can be at most|needs one number")

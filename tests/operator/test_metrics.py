@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from feddiff_operator.metrics import DatasetFacts, JobFacts, Metrics, dataset_facts, job_facts
@@ -31,6 +32,19 @@ def scraped(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], fl
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return scraped(metrics).get((name, frozenset(labels.items())))
+
+
+@pytest.mark.parametrize(
+    ("remaining", "pure", "shown"), [("0", "2", 2), ("7.1", "2", 7.1), ("0", "0", 0), ("7.1", None, 7.1)]
+)
+def test_a_budget_is_exhausted_once_neither_kind_of_release_fits(
+    remaining: str, pure: str | None, shown: float
+) -> None:
+    metrics = Metrics()
+    budget = {**BUDGET, "remaining": remaining} | ({"remainingPure": pure} if pure else {})
+    metrics.states(list, lambda: [dataset({"budget": budget})], dict)
+    labels = {"namespace": "clinic-a", "dataset": "scans", "unit": "image", "delta": "1e-5"}
+    assert value(metrics, "feddiff_privacy_epsilon_remaining", **labels) == shown
 
 
 def test_jobs_are_counted_by_namespace_and_phase_and_deleted_ones_leave_no_series() -> None:
@@ -112,6 +126,9 @@ def test_only_what_may_admit_a_waiting_job_wakes_it() -> None:
     assert not before.may_admit_more_than(before)
     assert not dataset({"budget": {**BUDGET, "remaining": "6.0"}}).may_admit_more_than(before)
     assert dataset({"budget": {**BUDGET, "remaining": "7.2"}}).may_admit_more_than(before)
+    pure = dataset({"budget": {**BUDGET, "remainingPure": "1"}})
+    assert dataset({"budget": {**BUDGET, "remaining": "6.0", "remainingPure": "1.5"}}).may_admit_more_than(pure)
+    assert not dataset({"budget": {**BUDGET, "remainingPure": "0.5"}}).may_admit_more_than(pure)
     assert dataset({"budget": BUDGET}, generation=2).may_admit_more_than(before)
     acknowledged = {"feddiff.dev/acknowledge-ledger": "two entries restored"}
     assert dataset({"budget": BUDGET}, annotations=acknowledged).may_admit_more_than(before)

@@ -5,7 +5,7 @@ from typing import Any
 from fake_cluster import FakeCluster, finished, no_sleep
 from feddiff_operator.cluster import PDS, PRL
 from feddiff_operator.ledger import ClusterLedger
-from feddiff_operator.news import news
+from feddiff_operator.news import _spent, news
 from feddiff_protocol.api import FederatedDiffusionJob
 from feddiff_protocol.ledger_objects import ACKNOWLEDGE
 from many_jobs import START, dataset, job
@@ -65,6 +65,13 @@ def test_a_charge_is_told_with_what_is_spent_and_left_and_a_reservation_is_not()
     ((reason, message),) = world.tend()
     assert reason == "Charged" and message.startswith("ε = 10 of 20 is spent, ") and message.endswith(" remains")
     assert world.warnings == set()
+
+
+def test_what_is_left_of_pure_epsilon_is_told_where_some_was_set_aside() -> None:
+    dataset = {"spec": {"budget": {"epsilon": "20"}}, "status": {"budget": {"spent": "2", "remaining": "15"}}}
+    assert _spent(dataset) == "ε = 2 of 20 is spent, 15 remains"
+    dataset["status"]["budget"]["remainingPure"] = "3"
+    assert _spent(dataset) == "ε = 2 of 20 is spent, 15 remains, of pure ε 3"
 
 
 def test_a_budget_that_is_spent_is_told_and_that_it_was_raised() -> None:

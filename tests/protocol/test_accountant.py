@@ -266,6 +266,25 @@ def test_the_best_attack_touches_the_promise_and_never_crosses_it(epsilon: float
     assert all(gap(worst * 10 ** (index / 10)) <= DELTA * (1 + 1e-5) for index in range(-30, 31) if index)
 
 
+@pytest.mark.parametrize("epsilon", [0.001, 0.5, 3.0, 10.0])
+def test_the_best_attack_on_pure_epsilon_is_the_largest_that_the_definition_allows(epsilon: float) -> None:
+    """TPR ≤ e^ε·FPR and 1 - FPR ≤ e^ε·(1 - TPR): pure ε of a test's outcome, said of it and of its opposite."""
+    rates = [0.5 ** (k / 4) for k in range(1, 200)]
+    found = [accountant.pure_attack_tpr(epsilon, rate) for rate in rates]
+    gaps = [
+        max(tpr / (math.exp(epsilon) * rate), (1 - rate) / (math.exp(epsilon) * (1 - tpr)))
+        for rate, tpr in zip(rates, found, strict=True)
+    ]
+    assert gaps == pytest.approx([1.0] * len(rates), rel=1e-6)
+    num_points = 200_000
+    area = sum(accountant.pure_attack_tpr(epsilon, (k + 0.5) / num_points) for k in range(num_points)) / num_points
+    assert accountant.pure_attack_auc(epsilon) == pytest.approx(area, abs=1e-4)
+
+
+def test_no_attack_bound_overflows() -> None:
+    assert accountant.pure_attack_auc(1e6) == 1 and accountant.pure_attack_tpr(1e6, 1e-300) == 1
+
+
 # ---- A calibration that would not keep the promise ----------------------------------------------------------------
 
 

@@ -51,6 +51,12 @@ JOB: dict[str, Any] = {
 }
 
 
+PRIVUNIT: dict[str, Any] = {
+    **JOB,
+    "spec": {**JOB["spec"], "privacy": {"mechanism": "privunit", "epsilon": "2", "clipNorm": "4.25"}},
+}
+
+
 def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """A copy with `value` at a dotted path; None removes what is there."""
     result = copy.deepcopy(document)
@@ -87,6 +93,15 @@ def test_valid_documents_keep_every_number() -> None:
         (JOB, "spec.privacy.mechanism", None, "spec.privacy.mechanism: expected a value"),
         (JOB, "spec.privacy.epsilom", "10", "spec.privacy.epsilom: unknown field"),
         (JOB, "spec.privacy.delta", "1", "less than 1"),
+        (JOB, "spec.privacy.delta", None, 'delta: mechanism summary needs one above 0, found none; "1e-5" is usual'),
+        (JOB, "spec.privacy.delta", "0", "delta: mechanism summary needs one above 0, found 0"),
+        (PRIVUNIT, "spec.privacy.delta", "1e-5", "delta: mechanism privunit promises pure ε, so δ is 0, found 0.00001"),
+        (PRIVUNIT, "spec.privacy.epsilon", "0.0009", "epsilon: expected 0.001 to 100 with mechanism privunit"),
+        (PRIVUNIT, "spec.privacy.epsilon", "100.001", "epsilon: expected 0.001 to 100 with mechanism privunit"),
+        (PRIVUNIT, "spec.privacy.meanShare", "0.5", "meanShare: belongs to mechanism summary, found privunit"),
+        (PRIVUNIT, "spec.privacy.pixels", "zeroToOne", "pixels: belongs to mechanism gaussian, found privunit"),
+        (PRIVUNIT, "spec.diffusion.splitSigma", None, "splitSigma: mechanism privunit needs it"),
+        (PRIVUNIT, "spec.diffusion.timeline", "continued", "timeline: belongs to mechanism gaussian, found privunit"),
         (JOB, "spec.privacy.momentClipNorm", None, "momentClipNorm: mechanism summary needs it"),
         (JOB, "spec.privacy.pixels", "zeroToOne", "pixels: belongs to mechanism gaussian"),
         (JOB, "spec.diffusion.splitSigma", None, "splitSigma: mechanism summary needs it"),
@@ -107,6 +122,15 @@ def test_a_fault_is_named_with_what_to_do(document: dict[str, Any], path: str, v
         parse_document(changed(document, path, value), "job.yaml")
     assert "job.yaml" in str(error.value)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("delta", [None, "0", "0.000"])
+def test_pure_epsilon_says_nothing_of_delta_or_zero(delta: str | None) -> None:
+    document = changed(PRIVUNIT, "spec.privacy.delta", delta) if delta else PRIVUNIT
+    job = parse_document(document, "job.yaml")
+    assert isinstance(job, FederatedDiffusionJob)
+    assert job.spec.privacy.delta_or_zero == 0
+    assert parse_document(job.to_wire(), "again") == job
 
 
 def test_every_fault_is_reported_at_once() -> None:
@@ -196,7 +220,22 @@ def test_what_others_rely_on_cannot(control_plane: ControlPlane, patch: dict[str
 TEXTS = st.one_of(
     st.text(max_size=12),
     st.sampled_from(
-        ["", "0", "-1", "1e-99", "9e99", "NaN", "Infinity", "1e5", "٣", "10", "summary", "gaussian", "x" * 2000]
+        [
+            "",
+            "0",
+            "-1",
+            "1e-99",
+            "9e99",
+            "NaN",
+            "Infinity",
+            "1e5",
+            "٣",
+            "10",
+            "summary",
+            "gaussian",
+            "privunit",
+            "x" * 2000,
+        ]
     ),
 )
 SCALARS = st.one_of(
@@ -225,7 +264,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @st.composite
 def mutated(draw: st.DrawFn) -> Any:
     """A valid document in which up to three places are replaced, removed, or given another field."""
-    document = copy.deepcopy(draw(st.sampled_from([DATASET, JOB])))
+    document = copy.deepcopy(draw(st.sampled_from([DATASET, JOB, PRIVUNIT])))
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(places(document)))
         if not path:

@@ -168,6 +168,17 @@ def test_the_most_generous_rule_of_a_namespace_decides() -> None:
     assert ledger.access_refusal(dataset(AccessRule(namespace="research")), job("research", 99)) is None
 
 
+def test_the_largest_epsilon_of_a_rule_holds_for_pure_epsilon_too() -> None:
+    document = job("research", 5).to_wire()
+    document["spec"]["privacy"] = {"mechanism": "privunit", "epsilon": "5", "clipNorm": "4"}
+    document["spec"]["diffusion"]["splitSigma"] = "0.25"
+    asking = FederatedDiffusionJob.model_validate(document)
+    refusal = ledger.access_refusal(dataset(AccessRule(namespace="research", max_epsilon=Decimal("4.99"))), asking)
+    assert refusal is not None and "ask for ε ≤ 4.99, this one asks 5" in refusal.message
+    rule = AccessRule(namespace="research", max_epsilon=Decimal(5))
+    assert ledger.access_refusal(dataset(rule), asking) is None
+
+
 def test_a_release_goes_to_no_store_but_the_one_its_owner_names() -> None:
     rule, theirs = AccessRule(namespace="research"), "s3://federation/jobs"
     named = dataset(rule, federation=theirs)
@@ -330,6 +341,47 @@ def test_what_exceeds_a_smaller_budget_is_said_in_words() -> None:
     assert ledger.excess(BUDGET, account) == ""
     smaller = BudgetSpec(epsilon=Decimal(4), delta=Decimal("1e-5"))
     assert "ε = 8.0000 of 4" in ledger.excess(smaller, account)
+
+
+MIXED = BudgetSpec(epsilon=Decimal(12), delta=Decimal("1e-5"), pure_epsilon=Decimal(2))
+
+
+def pure(job: str, epsilon: str) -> Entry:
+    charge = Charge(pure_epsilon=Decimal(epsilon))
+    return replace(entry(job, "1"), mechanism="privunit", epsilon=Decimal(epsilon), delta=Decimal(0), charge=charge)
+
+
+def test_pure_epsilon_comes_from_the_part_of_the_budget_set_aside_for_it() -> None:
+    refusal = refused(ledger.reserve(BUDGET, Account(), [], pure("1", "0.5")))
+    assert "pure ε: 0 + 0.5 > 0, too much by 0.5" in refusal
+    account = admitted(ledger.reserve(MIXED, Account(), [], pure("1", "1.25")))
+    refusal = refused(ledger.reserve(MIXED, account, [], pure("2", "1")))
+    assert "pure ε: 1.25 + 1 > 2, too much by 0.25" in refusal and "raise the budget" not in refusal
+    account = admitted(ledger.reserve(MIXED, account, [], pure("3", "0.75")))
+    assert "pure ε: 2.00 + 1e-3" in refused(ledger.reserve(MIXED, account, [], pure("4", "1e-3"))).replace(
+        "0.001", "1e-3"
+    )
+    account = admitted(ledger.reserve(MIXED, account, [], entry("5", "10")))  # the other part is untouched
+    assert "μ²: 4.001783 + 0.071851 > 4.001783" in refused(ledger.reserve(MIXED, account, [], entry("6", "1")))
+
+
+@pytest.mark.parametrize("budget", [BUDGET, MIXED])
+def test_what_remains_of_pure_epsilon_is_what_one_more_release_may_ask_for(budget: BudgetSpec) -> None:
+    account, left = Account(), budget.pure_epsilon
+    for index, epsilon in enumerate(("0.3", "1.7", "0.1")):
+        answer = ledger.reserve(budget, account, [], pure(f"job-{index}", epsilon))
+        assert isinstance(answer, Account) == (Decimal(epsilon) <= left)
+        account = answer if isinstance(answer, Account) else account
+        left = ledger.remaining_pure_epsilon(budget, account.charges)
+        assert left == budget.pure_epsilon - sum(charge.pure_epsilon for charge in account.charges)
+
+
+def test_a_pure_charge_that_was_changed_is_named() -> None:
+    account = admitted(ledger.reserve(MIXED, Account(), [], pure("1", "1")))
+    account = ledger.fold(account, pure("1", "1"))
+    assert ledger.inconsistency(account, [pure("1", "1")]) is None
+    found = ledger.inconsistency(account, [pure("1", "0.5")])
+    assert found == "the account sums to μ² = 0 and pure ε = 1, its entries to 0 and pure ε = 0.5"
 
 
 @given(st.lists(st.sampled_from(sorted(CHARGES)), max_size=12))

@@ -186,7 +186,8 @@ def conditions(status: Object) -> dict[str, str]:
 
 def test_a_fresh_dataset_is_ready_with_all_of_its_budget() -> None:
     status = dataset_status(dataset(), books(), NOW)
-    assert status["budget"] == {"spent": "0", "reserved": "0", "remaining": "20", "chargedMuSquared": "0"}
+    charged = {"chargedMuSquared": "0", "chargedPureEpsilon": "0"}
+    assert status["budget"] == {"spent": "0", "reserved": "0", "remaining": "20", "remainingPure": "0", **charged}
     assert conditions(status) == {
         "Ready": "True Ready",
         "LedgerConsistent": "True Consistent",
@@ -226,6 +227,23 @@ def test_a_budget_that_is_spent_says_so() -> None:
     smaller = BudgetSpec(epsilon=Decimal(4), delta=Decimal("1e-5"))
     status = dataset_status(dataset(), books(entry("1", phase=Phase.CHARGED), budget=smaller), NOW)
     assert conditions(status)["BudgetExhausted"] == "True BudgetExceeded"
+
+
+def test_pure_epsilon_is_shown_apart_and_keeps_a_budget_from_being_spent() -> None:
+    mixed = BudgetSpec(epsilon=Decimal(12), delta=Decimal("1e-5"), pure_epsilon=Decimal(2))
+    pure = entry("2", "1.5", charge=Charge(pure_epsilon=Decimal("1.5")), delta=Decimal(0), phase=Phase.CHARGED)
+    charged = (entry("1", phase=Phase.CHARGED), pure)
+    status = dataset_status(dataset(), books(*charged, budget=mixed), NOW)
+    budget = status["budget"]
+    assert (budget["spent"], budget["chargedPureEpsilon"]) == ("11.5", "1.5")
+    assert (budget["remaining"], budget["remainingPure"]) == ("0", "0.5")
+    assert conditions(status)["BudgetExhausted"] == "False BudgetLeft"
+    last = entry("3", "0.5", charge=Charge(pure_epsilon=Decimal("0.5")), delta=Decimal(0), phase=Phase.CHARGED)
+    status = dataset_status(dataset(), books(*charged, last, budget=mixed), NOW)
+    assert status["budget"]["remainingPure"] == "0"
+    assert conditions(status)["BudgetExhausted"] == "True BudgetSpent"
+    status = dataset_status(dataset(), books(pure, budget=mixed, contradiction="1: they differ"), NOW)
+    assert status["budget"]["remainingPure"] == "0"
 
 
 def test_a_contradiction_says_how_to_accept_it_where_that_is_possible() -> None:

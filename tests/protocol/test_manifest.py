@@ -60,7 +60,7 @@ def test_manifest_has_no_field_that_depends_on_the_records() -> None:
     allowed = {"format", "job_uid", "client", "release", "privacy", "diffusion", "image", "counts", "grid_steps"}
     assert set(Manifest.model_fields) == allowed | {"shards"}
     assert set(ShardReference.model_fields) == {"name", "sha256", "num_bytes"}
-    assert set(GridSteps.model_fields) == {"images", "mean_sums", "moment_sums"}
+    assert set(GridSteps.model_fields) == {"images", "directions", "mean_sums", "moment_sums"}
 
 
 @pytest.mark.parametrize(

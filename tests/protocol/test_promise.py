@@ -1,13 +1,15 @@
 """What a job promises: the mechanisms' fields become the noise that the accountant's formulas demand."""
 
 import math
+from decimal import Decimal
 
 import pytest
 
 from feddiff_protocol import accountant
-from feddiff_protocol.api import DiffusionSpec, ImageSpec, PrivacySpec
+from feddiff_protocol.api import DiffusionSpec, FederatedDiffusionJobSpec, ImageSpec, PrivacySpec
 from feddiff_protocol.errors import SpecInvalid
-from feddiff_protocol.promise import check_size, promise_of, schedule_of
+from feddiff_protocol.privunit import best_cap
+from feddiff_protocol.promise import cap_of, check_size, promise_of, schedule_of, signal_to_noise_db
 
 LINEAR = DiffusionSpec()
 
@@ -61,6 +63,54 @@ def test_the_split_of_a_summary_does_not_depend_on_epsilon() -> None:
     assert len(splits) == 1
 
 
+def privunit(**fields: str) -> PrivacySpec:
+    return PrivacySpec.model_validate({"mechanism": "privunit", "epsilon": "4", "clipNorm": "3", **fields})
+
+
+SPLIT = DiffusionSpec.model_validate({"splitSigma": "0.25"})
+IMAGE = ImageSpec(channels=1, height=8, width=8)
+
+
+def test_privunit_charges_its_epsilon_and_no_delta() -> None:
+    promise = promise_of(privunit(epsilon="4.00"), SPLIT)
+    assert promise.charge == accountant.Charge(pure_epsilon=Decimal("4.00"))
+    assert promise.mu is None and promise.mean_std is None
+    assert promise.split_sigma == promise_of(summary(), SPLIT).split_sigma
+    assert promise.attack_auc == pytest.approx(math.exp(4) / (1 + math.exp(4)))
+    assert promise.attack_tpr(0.01) == pytest.approx(0.01 * math.exp(4))
+    assert promise.attack_tpr(0.5) == pytest.approx(1 - 0.5 * math.exp(-4))
+
+
+def test_the_attacks_on_gaussian_noise_are_the_accountants() -> None:
+    promise = promise_of(summary(), SPLIT)
+    assert promise.mu is not None
+    assert promise.attack_auc == accountant.attack_auc(promise.mu)
+    assert promise.attack_tpr(0.01) == accountant.attack_tpr(promise.mu, 0.01)
+
+
+@pytest.mark.parametrize("delta", [{}, {"delta": "0"}, {"delta": "0.00"}])
+def test_privunit_has_no_delta_or_zero(delta: dict[str, str]) -> None:
+    assert privunit(**delta).delta_or_zero == 0
+
+
+def test_a_cap_is_drawn_for_no_more_than_the_decimal_number() -> None:
+    """0.1 as a double lies above 0.1; the cap is for the double below."""
+    assert Decimal.from_float(0.1) > Decimal("0.1")
+    assert cap_of(privunit(epsilon="0.1"), IMAGE) == best_cap(math.nextafter(0.1, 0), 64)
+
+
+def test_signal_of_privunit_is_that_of_a_classes_mean() -> None:
+    document = {
+        "clients": [{"name": "a", "dataset": {"name": "scans"}}],
+        "privacy": privunit().to_wire(),
+        "diffusion": SPLIT.to_wire(),
+    }
+    spec = FederatedDiffusionJobSpec.model_validate(document)
+    promise, noise = promise_of(spec.privacy, spec.diffusion), best_cap(4.0, 64).noise_std(3.0)
+    expected = 10 * math.log10(3.0**2 / 64 / (noise**2 / 50))
+    assert signal_to_noise_db(spec, promise, IMAGE, 50) == pytest.approx(expected)
+
+
 def test_an_unreachable_promise_says_what_would_reach_it() -> None:
     with pytest.raises(SpecInvalid, match=r"spec\.privacy\.epsilon"):
         promise_of(gaussian(epsilon="0.01", clipNorm="1000"), LINEAR)
@@ -75,6 +125,8 @@ def test_a_summary_that_would_not_fit_into_memory_is_refused() -> None:
     check_size(summary(), ImageSpec(channels=3, height=32, width=32), 10)
     with pytest.raises(SpecInvalid, match="smaller images"):
         check_size(summary(), ImageSpec(channels=3, height=512, width=512), 2)
+    with pytest.raises(SpecInvalid, match="mechanism privunit, found"):
+        check_size(privunit(), ImageSpec(channels=3, height=512, width=512), 2)
     check_size(gaussian(), ImageSpec(channels=3, height=512, width=512), 2)
 
 

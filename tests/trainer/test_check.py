@@ -67,6 +67,12 @@ def test_a_clip_in_minus_one_to_one_units_is_tried_in_those_units(tmp_path: Path
     assert answer["clips"] == [{"field": "clipNorm", "norm": "1", "touched": 2}]  # norms 4, 0 and 4
 
 
+def test_privunit_scales_shorter_images_up_too(tmp_path: Path) -> None:
+    privacy = {"mechanism": "privunit", "epsilon": "2", "clipNorm": "2"}
+    answer = check(spec(tmp_path, images_of_norm(1, 2, 3), [0, 0, 1], privacy=privacy))
+    assert answer["clips"] == [{"field": "clipNorm", "norm": "2", "touched": 1, "raised": 1}]
+
+
 @pytest.mark.parametrize(
     ("privacy", "tensors"),
     [
@@ -74,6 +80,10 @@ def test_a_clip_in_minus_one_to_one_units_is_tried_in_those_units(tmp_path: Path
         (
             {"mechanism": "gaussian", "epsilon": "10", "delta": "1e-5", "clipNorm": "1"},
             {"images": [3, 1, 4, 4], "labels": [3]},
+        ),
+        (
+            {"mechanism": "privunit", "epsilon": "2", "clipNorm": "1"},
+            {"directions": [3, 1, 4, 4], "labels": [3]},
         ),
     ],
 )

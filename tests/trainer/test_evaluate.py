@@ -28,8 +28,9 @@ COUNTS = (40, 40, 6, 6)
 PRIVACY = {
     "summary": {"mechanism": "summary", "clipNorm": "3", "momentClipNorm": "2"},
     "gaussian": {"mechanism": "gaussian", "clipNorm": "3"},
+    "privunit": {"mechanism": "privunit", "clipNorm": "3", "delta": "0"},
 }
-DIFFUSION = {"summary": {"splitSigma": "0.25"}, "gaussian": {}}
+DIFFUSION = {"summary": {"splitSigma": "0.25"}, "gaussian": {}, "privunit": {"splitSigma": "0.25"}}
 
 
 def images_of(label: int, num: int, seed: int) -> Uint8:
@@ -53,7 +54,7 @@ def document(folder: Path, mechanism: str, uid: str, **changes: Any) -> dict[str
         "source": {"format": "npz", "path": str(folder / "train.npz"), "holdoutPath": str(folder / "holdout.npz")},
         "image": {"channels": 1, "height": 8, "width": 8},
         "classes": {"count": 4, "records": list(COUNTS)},
-        "privacy": PRIVACY[mechanism] | {"epsilon": "10", "delta": "1e-5"},
+        "privacy": {"epsilon": "10", "delta": "1e-5"} | PRIVACY[mechanism],
         "diffusion": DIFFUSION[mechanism],
         "ownerStore": (folder / "owner").as_uri(),
         "federationStore": (folder / "federation").as_uri(),
@@ -170,6 +171,20 @@ def test_the_same_job_evaluated_twice_stands_there_once(tmp_path: Path) -> None:
     assert "Jobs beside each other" not in written(spec)[1]
 
 
+def test_pure_epsilon_of_an_earlier_job_is_added_as_it_is(tmp_path: Path) -> None:
+    written(unmeasured(tmp_path, "privunit", "uid-00000001"))
+    _, page = written(unmeasured(tmp_path, "summary", "uid-00000002"))
+    assert "2 releases and ε = 20.00 per image at δ = 1e-5" in page
+
+
+def test_pure_epsilon_after_another_job_is_combined_at_that_ones_delta(tmp_path: Path) -> None:
+    written(unmeasured(tmp_path, "summary", "uid-00000001"))
+    evaluation, page = written(unmeasured(tmp_path, "privunit", "uid-00000002"))
+    assert (evaluation.delta, evaluation.pure_epsilon, evaluation.mu_squared) == (0, 10, 0)
+    assert "2 releases and ε = 20.00 per image at δ = 1e-5" in page
+    assert "ε = 10 per image, δ = 0, by the mechanism privunit" in page
+
+
 @pytest.mark.parametrize("fault", ["other records", "damaged", "another version"])
 def test_evaluations_that_do_not_belong_or_cannot_be_read_are_left_out(tmp_path: Path, fault: str) -> None:
     evaluation, _ = written(unmeasured(tmp_path, "gaussian", "uid-00000001"))
@@ -186,13 +201,17 @@ def test_evaluations_that_do_not_belong_or_cannot_be_read_are_left_out(tmp_path:
 # ---- What the server saw -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mechanism", ["gaussian", "summary"])
+@pytest.mark.parametrize("mechanism", list(PRIVACY))
 def test_the_released_column_comes_from_the_release_alone(tmp_path: Path, mechanism: str) -> None:
     spec = prepared(tmp_path, mechanism)
     own = evaluate.own_release(open_store(spec.federation_store), spec)
     pictures, note = evaluate.released_pictures(own, (1, 8, 8), 4)
-    assert [len(picture) for picture in pictures] == ([8, 8, 6, 6] if mechanism == "gaussian" else [8] * 4)
-    assert ("your images with their noise" in note) is (mechanism == "gaussian")
+    sizes = {"gaussian": [8, 8, 6, 6], "summary": [8] * 4, "privunit": [8, 8, 7, 7]}  # a mean, and all images there are
+    assert [len(picture) for picture in pictures] == sizes[mechanism]
+    assert ("your images with their noise" in note) is (mechanism != "summary")
+    if mechanism == "privunit":
+        mean_D = own.images_NCHW[own.labels_N == 0].mean(dim=0).numpy()  # type: ignore[union-attr]
+        np.testing.assert_array_equal(pictures[0][0], np.rint(255 * mean_D.clip(0, 1)))
     if mechanism == "summary":
         mean_D = own.mean_sums_KD[0].numpy() / COUNTS[0]  # type: ignore[union-attr]
         np.testing.assert_array_equal(pictures[0][0].ravel(), np.rint(255 * mean_D.clip(0, 1)))

@@ -13,8 +13,10 @@ from feddiff_trainer.pooling import (
     TRACE_FLOOR,
     OwnerSummary,
     PooledMean,
+    exact,
     exact_summary,
     expected_centre_error,
+    moments_of,
     on_simplex,
     owner_covariance,
     packed,
@@ -259,6 +261,93 @@ def test_exact_sums_of_one_owner_alone_give_the_moments_of_its_records() -> None
     torch.testing.assert_close((means_KD[0] + 1) / 2, x_ND.mean(dim=0))
     torch.testing.assert_close(covariances_KDD[0] / 4, torch.cov(x_ND.T))
     assert (pool([noisy], 0.03)[0] - means_KD).norm() > 0.01  # mutant: the release itself
+
+
+# ---- Noised images -----------------------------------------------------------------------------------------------
+
+
+def noised(x_ND: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    return x_ND + std * torch.randn(x_ND.shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("counts", [(40, 2), (3, 3), (2, 1)])
+def test_moments_of_noised_images_are_unbiased(counts: tuple[int, ...]) -> None:
+    assert not moments_are_biased(counts, told=0.4)
+
+
+def test_moments_of_images_whose_noise_is_not_taken_off_are_biased() -> None:
+    assert moments_are_biased((40, 2), told=0.0)
+
+
+def moments_are_biased(counts: tuple[int, ...], told: float) -> bool:
+    """By more than five standard errors, of any class's mean or, from two images on, covariance."""
+    generator, found = torch.Generator().manual_seed(16), []
+    label_N = torch.tensor([k for k, count in enumerate(counts) for _ in range(count)])
+    for _ in range(3000):
+        x_ND = noised(records(len(label_N), generator), 0.4, generator)
+        moments = moments_of(x_ND, label_N, len(counts), told)
+        assert moments.counts_K.tolist() == list(counts)
+        kept = [k for k, count in enumerate(counts) if count >= 2]
+        found.append(torch.cat([(moments.means_KD - MEAN).flatten(), *(off(moments.covariances_KM[k]) for k in kept)]))
+    errors = torch.stack(found)
+    return bool((errors.mean(0).abs() > 5 * errors.std(0) / sqrt(len(errors))).any())
+
+
+def off(covariance_M: Tensor) -> Tensor:
+    return (unpacked(covariance_M, VALUES) - COVARIANCE).flatten()
+
+
+def test_images_in_batches_have_the_moments_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, label_N = torch.Generator().manual_seed(17), torch.arange(50) % 2
+    x_ND = records(50, generator)
+    whole = moments_of(x_ND, label_N, 2, 0.1)
+    monkeypatch.setattr("feddiff_trainer.pooling.ROWS", 7)
+    parts = moments_of(x_ND, label_N, 2, 0.1)
+    torch.testing.assert_close(parts.means_KD, whole.means_KD)
+    torch.testing.assert_close(parts.covariances_KM, whole.covariances_KM)
+    expected = torch.cov(x_ND[label_N == 1].T) - 0.01 * torch.eye(VALUES, dtype=torch.float64)
+    torch.testing.assert_close(unpacked(whole.covariances_KM[1], VALUES), expected)
+
+
+def test_noised_images_of_many_owners_pool_to_the_true_gaussian() -> None:
+    generator, label_N = torch.Generator().manual_seed(18), torch.zeros(20_000, dtype=torch.long)
+    owners = [moments_of(noised(records(20_000, generator), std, generator), label_N, 1, std) for std in (0.1, 0.5)]
+    means_KD, covariances_KDD = pool(owners, 0.03)
+    torch.testing.assert_close(means_KD[0], 2 * MEAN - 1, atol=0.01, rtol=0)
+    torch.testing.assert_close(covariances_KDD[0], 4 * COVARIANCE, atol=0.01, rtol=0)
+
+
+def test_an_owner_of_noised_images_counts_by_what_it_knows() -> None:
+    """A class of five images here and of two hundred there: near the latter's own, not the average."""
+    generator = torch.Generator().manual_seed(19)
+    few, many = (
+        moments_of(noised(records(n, generator), 0.3, generator), torch.zeros(n, dtype=torch.long), 1, 0.3)
+        for n in (5, 200)
+    )
+    means_KD, _ = pool([few, many], 0.03)
+    shares = [float((means_KD[0] - 2 * each.means_KD[0] + 1).norm()) for each in (few, many)]
+    assert shares[1] / sum(shares) == pytest.approx(5 / 205, rel=1e-6)  # equal noise: weights are those of the counts
+
+
+def test_one_noised_image_says_nothing_of_a_covariance() -> None:
+    generator = torch.Generator().manual_seed(20)
+    labels = torch.tensor([0] * 30 + [1])
+    moments = moments_of(noised(records(31, generator), 0.1, generator), labels, 2, 0.1)
+    _, covariances_KDD = pool([moments], 0.03)
+    torch.testing.assert_close(covariances_KDD[1], covariances_KDD[0], rtol=0.5, atol=0.02)  # that of the other class
+    alone = moments_of(records(2, generator), torch.tensor([0, 1]), 2, 0.1)
+    with pytest.raises(DataInvalid, match="two records of one class"):
+        pool([alone], 0.03)
+
+
+def test_an_owners_own_images_stand_exact_for_its_noised_ones_at_home() -> None:
+    generator, label_N = torch.Generator().manual_seed(21), torch.zeros(60, dtype=torch.long)
+    x_ND = records(60, generator)
+    released = moments_of(noised(x_ND, 2.0, generator), label_N, 1, 2.0)
+    means_KD, covariances_KDD = pool([released], 0.03, at_home={0: exact(x_ND, label_N, released)})
+    torch.testing.assert_close((means_KD[0] + 1) / 2, x_ND.mean(dim=0))
+    torch.testing.assert_close(covariances_KDD[0] / 4, torch.cov(x_ND.T))
+    assert (pool([released], 0.03)[0] - means_KD).norm() > 0.01  # mutant: the release itself
 
 
 def test_packing_keeps_the_frobenius_norm_and_unpacks_to_the_same_bits() -> None:

@@ -6,6 +6,7 @@ variants of the stage, which the tests called mutants bring.
 
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -37,6 +38,7 @@ from feddiff_protocol.stages import JobReference, Receipt, ReleaseSpec
 from feddiff_trainer import release as stage
 from feddiff_trainer import shards, stores
 from feddiff_trainer.noise import os_entropy_normals
+from feddiff_trainer.privunit import STEP
 from feddiff_trainer.release import release
 from feddiff_trainer.stores import Store, open_store
 
@@ -151,7 +153,9 @@ def write_records(path: Path, **changes: Any) -> Path:
 
 
 def privacy(mechanism: str = "gaussian", **changes: Any) -> PrivacySpec:
-    fields: dict[str, Any] = {"epsilon": Decimal(10), "delta": Decimal("1e-5"), "clip_norm": Decimal(2)}
+    fields: dict[str, Any] = {"epsilon": Decimal(10), "clip_norm": Decimal(2)}
+    if mechanism != "privunit":
+        fields["delta"] = Decimal("1e-5")
     if mechanism == "summary":
         fields["moment_clip_norm"] = Decimal(2)
     return PrivacySpec(mechanism=Mechanism(mechanism), **(fields | changes))
@@ -167,7 +171,7 @@ def spec_of(records: Path, mechanism: str = "gaussian", **changes: Any) -> Relea
         "image": ImageSpec(channels=1, height=4, width=4),
         "classes": ClassesSpec(count=len(COUNTS), records=COUNTS),
         "privacy": privacy(mechanism),
-        "diffusion": DiffusionSpec(split_sigma=Decimal("0.25") if mechanism == "summary" else None),
+        "diffusion": DiffusionSpec(split_sigma=None if mechanism == "gaussian" else Decimal("0.25")),
         "owner_store": "file:///owner",
         "federation_store": "file:///federation",
     }
@@ -219,12 +223,12 @@ def problems_after(spec: ReleaseSpec, pair: Stores, answers: list[str]) -> list[
 # ---- Nothing goes wrong --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mechanism", ["gaussian", "summary"])
+@pytest.mark.parametrize("mechanism", list(Mechanism))
 def test_release_ends_with_seal_shards_and_manifest(records: Path, mechanism: str) -> None:
     spec, pair = spec_of(records, mechanism), Stores()
     answer = run(spec, pair)
     assert problems_after(spec, pair, [answer]) == []
-    num_shards = 3 if mechanism == "gaussian" else 1
+    num_shards = 1 if mechanism == "summary" else 3
     names = [layout.released_shard(UID, CLIENT, f"shard-0000{index}.safetensors") for index in range(num_shards)]
     assert sorted(pair.federation.objects) == sorted([*names, MANIFEST])
 
@@ -249,7 +253,7 @@ def test_nothing_of_the_records_is_in_the_manifest(records: Path, tmp_path: Path
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.parametrize("mechanism", ["gaussian", "summary"])
+@pytest.mark.parametrize("mechanism", list(Mechanism))
 def test_two_releases_of_one_spec_into_fresh_stores_share_no_noise(records: Path, mechanism: str) -> None:
     first, second = Stores(), Stores()
     assert run(spec_of(records, mechanism), first) != run(spec_of(records, mechanism), second)
@@ -290,6 +294,26 @@ def test_labels_are_shuffled_with_their_images(records: Path) -> None:
     assert list(correlation_NN.argmax(axis=1)) != list(range(len(labels_N)))
 
 
+def test_directions_on_the_grid_are_released_with_their_labels(records: Path) -> None:
+    """At so large an ε a direction comes back nearly as it is."""
+    spec, pair = spec_of(records, "privunit", privacy=privacy("privunit", epsilon=Decimal(100))), Stores()
+    run(spec, pair)
+    decoded = [
+        shards.decode(
+            shard_layout, pair.federation.get(layout.released_shard(UID, CLIENT, f"shard-0000{i}.safetensors")), ""
+        )
+        for i, shard_layout in enumerate(shards.layouts(Mechanism.PRIVUNIT, spec.image, COUNTS))
+    ]
+    labels_N = np.concatenate([shard["labels"] for shard in decoded])
+    z_ND = np.concatenate([shard["directions"] for shard in decoded]).reshape(len(labels_N), -1) * STEP
+    stored = np.load(records)
+    u_ND = stored["images"].reshape(len(labels_N), -1)
+    u_ND = u_ND / np.linalg.norm(u_ND, axis=1)[:, None]
+    nearest_N = (z_ND @ u_ND.T).argmax(axis=1)
+    assert (stored["labels"][nearest_N] == labels_N).all() and sorted(nearest_N) == list(range(len(labels_N)))
+    assert Manifest.from_bytes(pair.federation.get(MANIFEST), "manifest").grid_steps.directions == math.log2(STEP)
+
+
 # ---- Killed anywhere -----------------------------------------------------------------------------------------
 
 
@@ -309,7 +333,7 @@ def kill_everywhere(spec: ReleaseSpec) -> list[str]:
     return problems
 
 
-@pytest.mark.parametrize("mechanism", ["gaussian", "summary"])
+@pytest.mark.parametrize("mechanism", list(Mechanism))
 def test_release_killed_at_any_step_and_run_again_is_one_release(records: Path, mechanism: str) -> None:
     names = " ".join(steps_of(spec_of(records, mechanism)))
     for step in (f"create {SEAL}", f"create {MANIFEST}", "put releases/", f"create {UID}/clients/{CLIENT}/shards/"):
@@ -390,7 +414,7 @@ def race_everywhere(spec: ReleaseSpec, make: Callable[[], Stores] = Stores) -> l
     return problems
 
 
-@pytest.mark.parametrize("mechanism", ["gaussian", "summary"])
+@pytest.mark.parametrize("mechanism", list(Mechanism))
 def test_attempt_raced_at_any_step_agrees_with_its_rival(records: Path, mechanism: str) -> None:
     assert race_everywhere(spec_of(records, mechanism)) == []
 
@@ -642,7 +666,7 @@ def test_store_that_ignores_create_if_absent_is_refused_before_anything_is_drawn
         ("no records", {"images": np.zeros((0, 4, 4)), "labels": np.zeros(0, np.int64)}, DataInvalid),
     ],
 )
-@pytest.mark.parametrize("mechanism", ["gaussian", "summary"])
+@pytest.mark.parametrize("mechanism", list(Mechanism))
 def test_bad_records_leave_both_stores_empty(
     records: Path, mechanism: str, name: str, changes: dict[str, Any], error: type[FeddiffError]
 ) -> None:
@@ -679,7 +703,7 @@ def test_promise_out_of_reach_is_refused_before_the_records_are_read(
 
 
 @pytest.mark.parametrize("error", [OutputFailed, StorageFailed, StoreUnavailable])
-@pytest.mark.parametrize("mechanism", ["gaussian", "summary"])
+@pytest.mark.parametrize("mechanism", list(Mechanism))
 def test_failure_of_a_store_at_any_step_is_reported_and_mended_by_a_retry(
     records: Path, mechanism: str, error: type[FeddiffError]
 ) -> None:

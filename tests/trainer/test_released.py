@@ -14,13 +14,14 @@ from feddiff_protocol import layout
 from feddiff_protocol.api import ClassesSpec, DiffusionSpec, ImageSpec, Mechanism, PrivacySpec, SourceSpec
 from feddiff_protocol.errors import DataInvalid, InputMissing
 from feddiff_protocol.manifest import Manifest
+from feddiff_protocol.privunit import best_cap
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import JobReference, ReleaseReference, ReleaseSpec
 from feddiff_trainer import released, shards
 from feddiff_trainer.mechanisms import centres, pack_symmetric
 from feddiff_trainer.pooling import OwnerSummary
 from feddiff_trainer.release import release
-from feddiff_trainer.released import GaussianRelease, Terms, read_releases
+from feddiff_trainer.released import GaussianRelease, PrivunitRelease, Release, Terms, read_releases
 from feddiff_trainer.stores import FolderStore
 
 UID, CLIENT = "uid-12345678", "a"
@@ -35,14 +36,16 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def privacy(mechanism: str, **changes: Any) -> PrivacySpec:
-    fields: dict[str, Any] = {"epsilon": Decimal(10), "delta": Decimal("1e-5"), "clip_norm": Decimal(2)}
+    fields: dict[str, Any] = {"epsilon": Decimal(10), "clip_norm": Decimal(2)}
+    if mechanism != "privunit":
+        fields["delta"] = Decimal("1e-5")
     if mechanism == "summary":
         fields["moment_clip_norm"] = Decimal("1.5")
     return PrivacySpec(mechanism=Mechanism(mechanism), **(fields | changes))
 
 
 def diffusion(mechanism: str) -> DiffusionSpec:
-    return DiffusionSpec(split_sigma=Decimal("0.25") if mechanism == "summary" else None)
+    return DiffusionSpec(split_sigma=None if mechanism == "gaussian" else Decimal("0.25"))
 
 
 class Released:
@@ -70,7 +73,7 @@ class Released:
         )
         self.sha256 = release(spec, owner_store=owner, federation_store=self.store, normals=normals)
 
-    def read(self, **changes: Any) -> GaussianRelease | OwnerSummary:
+    def read(self, **changes: Any) -> Release:
         told: dict[str, Any] = {
             "job_uid": UID,
             "image": IMAGE,
@@ -174,6 +177,22 @@ def test_summary_lies_on_its_public_grid(summary: Released) -> None:
         assert (np.rint(cells) == cells).all()
 
 
+def test_directions_come_back_as_images_of_the_public_norm_without_bias(tmp_path: Path) -> None:
+    directed = Released(tmp_path, "privunit", np.random.default_rng(2).standard_normal)
+    read = directed.read()
+    assert isinstance(read, PrivunitRelease)
+    cap = best_cap(10.0, 16)
+    assert (read.images_NCHW.dtype, read.images_NCHW.shape) == (torch.float32, (37, 1, 4, 4))
+    assert read.noise_std == cap.noise_std(2.0) and read.num_classes == 2
+    assert sorted(read.labels_N.tolist()) == directed.labels_N.tolist()
+    norms_N = read.images_NCHW.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms_N, torch.full_like(norms_N, 2 / cap.mean), rtol=1e-3, atol=0)
+    # White noise of this deviation about images of norm 2: the mean of all is within five standard errors.
+    u_ND = directed.images_ND / np.linalg.norm(directed.images_ND, axis=1)[:, None]
+    apart_D = read.images_NCHW.flatten(1).double().numpy().mean(axis=0) - 2 * u_ND.mean(axis=0)
+    assert np.abs(apart_D).max() < 5 * read.noise_std / np.sqrt(37)
+
+
 # ---- Not the release that counts -----------------------------------------------------------------------------
 
 
@@ -206,6 +225,7 @@ def test_release_that_is_not_there_is_input_missing(gaussian: Released) -> None:
         ("privacy", {"privacy": privacy("gaussian", clip_norm=Decimal(3))}),
         ("diffusion", {"diffusion": DiffusionSpec(steps=2000)}),
         ("privacy", {"privacy": privacy("summary"), "diffusion": diffusion("summary")}),
+        ("privacy", {"privacy": privacy("privunit"), "diffusion": diffusion("privunit")}),
     ],
 )
 def test_release_that_differs_from_the_job_is_refused(gaussian: Released, name: str, changes: dict[str, Any]) -> None:
@@ -228,6 +248,7 @@ def test_manifest_of_another_job_or_client_is_refused(gaussian: Released, field:
     [
         ("coarse grid", lambda d: d["gridSteps"].update(images=5), "grid of images"),
         ("other grid", lambda d: d["gridSteps"].update(meanSums=-5), "grid of mean_sums"),
+        ("another mechanism's grid", lambda d: d["gridSteps"].update(directions=-14), "grid of directions"),
         ("no grid", lambda d: d["gridSteps"].clear(), "grid of images"),
         ("one shard fewer", lambda d: d["shards"].pop(), "number of shards"),
         ("more images", lambda d: d.update(counts=[10**8, 7]), "number of shards"),

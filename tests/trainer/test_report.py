@@ -16,6 +16,7 @@ from PIL import Image
 from feddiff_protocol import accountant, layout
 from feddiff_protocol.api import ClassesSpec, DiffusionSpec, ImageSpec, PrivacySpec, SharedSpec, parse
 from feddiff_protocol.errors import DataInvalid, SpecInvalid
+from feddiff_protocol.privunit import best_cap
 from feddiff_protocol.promise import NOT_COVERED, promise_of
 from feddiff_protocol.stages import BudgetLine, Duration, JobReference, ReleaseReference, ReportSpec
 from feddiff_trainer import report
@@ -27,7 +28,7 @@ GAUSSIAN = {"mechanism": "gaussian", "epsilon": "10", "delta": "1e-5", "clipNorm
 
 
 def spec_of(folder: Path, privacy: dict[str, Any] = SUMMARY, **changes: Any) -> ReportSpec:
-    summary = privacy["mechanism"] == "summary"
+    splits = privacy["mechanism"] != "gaussian"
     fields = {
         "job": JobReference(uid="0123abcd", name="digits", namespace="research"),
         "attempt": 1,
@@ -35,7 +36,7 @@ def spec_of(folder: Path, privacy: dict[str, Any] = SUMMARY, **changes: Any) -> 
         "image": ImageSpec(channels=1, height=8, width=8),
         "classes": ClassesSpec(count=2, records=(40, 5), names=("zero", "one")),
         "privacy": parse(PrivacySpec, privacy, "privacy"),
-        "diffusion": parse(DiffusionSpec, {"splitSigma": "0.25"} if summary else {}, "diffusion"),
+        "diffusion": parse(DiffusionSpec, {"splitSigma": "0.25"} if splits else {}, "diffusion"),
         "shared": parse(SharedSpec, {}, "shared"),
         "budgets": (budget_of("a"), budget_of("b")),
         "durations": (Duration(stage="train-shared", attempts=1, milliseconds=61_000),),
@@ -96,11 +97,33 @@ def test_the_page_states_the_promise_in_every_number(tmp_path: Path, privacy: di
         assert exception in text.replace("&#x27;", "'")
 
 
+def test_the_page_states_a_pure_promise_in_every_number(tmp_path: Path) -> None:
+    privacy = {"mechanism": "privunit", "epsilon": "2", "clipNorm": "4.25"}
+    text, cap = text_of(written_page(tmp_path, spec_of(tmp_path, privacy))), best_cap(2.0, 64)
+    for number in (
+        "ε = 2 per image, δ = 0, k = 1 release per owner",
+        "what ε = 2 per image allows (δ = 0, one release from each owner)",
+        "pure ε: δ = 0",
+        "area under the curve 0.881; 7.4% found at 1% false alarms",
+        "4.25: every image is scaled to it",
+        f"standard deviation {cap.noise_std(4.25):.4g} per pixel of an image",
+        f"with probability {cap.probability:.4f}",
+    ):
+        assert number in text
+    assert "μ (Gaussian" not in text and "paper" not in text
+
+
 def test_the_page_shows_budgets_durations_command_and_hashes(tmp_path: Path) -> None:
     spec = spec_of(tmp_path)
     text = text_of(written_page(tmp_path, spec))
     for found in ("15.46", "9.87", "1 min 01 s", "feddiff run job.yaml", "a" * 64, spec.shared_denoiser_sha256):
         assert found in text
+
+
+def test_what_is_left_of_pure_epsilon_is_said_where_some_was_set_aside(tmp_path: Path) -> None:
+    budgets = (budget_of("a"), budget_of("b").model_copy(update={"remaining_pure_epsilon": "3"}))
+    text = text_of(written_page(tmp_path, spec_of(tmp_path, budgets=budgets)))
+    assert text.count("9.87") == 2 and text.count("9.87, pure 3") == 1
 
 
 def test_the_pages_only_pictures_are_the_shared_denoisers_samples(tmp_path: Path) -> None:

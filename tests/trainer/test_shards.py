@@ -83,4 +83,12 @@ def test_grids_follow_from_the_noise_alone() -> None:
     assert promise.moment_std is not None and steps.moment_sums is not None
     assert 2.0**steps.mean_sums == grid_step(promise.mean_std)
     assert 2.0**steps.moment_sums == grid_step(promise.moment_std)
-    assert steps.images is None
+    assert steps.images is None and steps.directions is None
+
+
+def test_the_grid_of_directions_is_a_constant() -> None:
+    diffusion = DiffusionSpec.model_validate({"splitSigma": "0.25"})
+    for epsilon in ("0.001", "10", "100"):
+        privacy = PrivacySpec.model_validate({"mechanism": "privunit", "epsilon": epsilon, "clipNorm": "4.25"})
+        steps = grid_steps(promise_of(privacy, diffusion), schedule_of(diffusion))
+        assert steps.to_wire() == {"directions": -14}

@@ -36,6 +36,7 @@ UID = "uid-00000001"
 COUNTS = {"a": (60, 20), "b": (20, 60)}
 JOBS = {
     "summary": ({"mechanism": "summary", "clipNorm": "4", "momentClipNorm": "2"}, {"splitSigma": "0.25"}),
+    "privunit": ({"mechanism": "privunit", "clipNorm": "2"}, {"splitSigma": "0.25"}),
     "continued": ({"mechanism": "gaussian", "clipNorm": "1"}, {"timeline": "continued"}),
     "restarted": ({"mechanism": "gaussian", "clipNorm": "1"}, {"timeline": "restarted"}),
 }
@@ -79,7 +80,7 @@ def owners_document(folder: Path, job: str, client: str) -> dict[str, Any]:
         "source": {"format": "npz", "path": str(folder / f"owner-{client}" / "records.npz")},
         "image": {"channels": 1, "height": 4, "width": 4},
         "classes": {"count": 2, "records": COUNTS[client]},
-        "privacy": privacy | {"epsilon": "10", "delta": "1e-5"},
+        "privacy": privacy | {"epsilon": "10"} | ({} if job == "privunit" else {"delta": "1e-5"}),
         "diffusion": diffusion,
         "ownerStore": (folder / f"owner-{client}" / "store").as_uri(),
         "federationStore": (folder / "federation").as_uri(),
@@ -136,7 +137,7 @@ def test_own_images_are_the_records_in_minus_one_to_one(tmp_path: Path) -> None:
     assert images_NCHW.dtype == torch.float32
 
 
-@pytest.mark.parametrize("job", ["summary", "continued"])
+@pytest.mark.parametrize("job", ["summary", "privunit", "continued"])
 def test_own_records_at_all_noise_levels_and_releases_above_the_split(tmp_path: Path, job: str) -> None:
     spec = prepared(tmp_path, job, releaseShare="0.25")
     batch, split = batch_of(spec), promise_of(spec.privacy, spec.diffusion).split_sigma
@@ -145,13 +146,13 @@ def test_own_records_at_all_noise_levels_and_releases_above_the_split(tmp_path: 
     assert batch.sigma_B[own_B].min() < 0.05 < split < batch.sigma_B[own_B].max()
     assert batch.sigma_B[~own_B].min() >= split - 1e-6 and batch.sigma_B[~own_B].max() > 5
     assert batch.sigma0_B[own_B].unique().tolist() == [0.0]
-    noised_for_ever = 0.0 if job == "summary" else split  # draws from the pooled Gaussian are clean
+    noised_for_ever = split if job == "continued" else 0.0  # draws from the pooled Gaussian are clean
     assert batch.sigma0_B[~own_B].unique().tolist() == pytest.approx([noised_for_ever])
 
 
 def test_draws_go_below_the_split_where_asked_and_noised_images_never(tmp_path: Path) -> None:
     """Below the split a noised image says nothing: there is no less noise in it."""
-    for job, lowest in (("summary", 0.1), ("continued", None)):
+    for job, lowest in (("summary", 0.1), ("privunit", 0.1), ("continued", None)):
         spec = prepared(tmp_path / job, job, releaseShare="0.25", releaseSigma="0.1")
         batch = batch_of(spec)
         foreign_B = batch.sigma_B[~own_rows(spec, batch)]
@@ -159,9 +160,10 @@ def test_draws_go_below_the_split_where_asked_and_noised_images_never(tmp_path: 
         assert lowest - 1e-6 <= foreign_B.min() < 1.1 * lowest
 
 
-def test_the_pool_at_home_has_the_owners_own_sums_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("job", ["summary", "privunit"])
+def test_the_pool_at_home_has_the_owners_own_moments_exact(tmp_path: Path, job: str) -> None:
     """Class means from a stronger hand than its release's noise: the owner's own records."""
-    spec = prepared(tmp_path, "summary")
+    spec = prepared(tmp_path, job)
     own = read_source(spec.source, spec.image, spec.classes)
     releases = releases_of(spec, open_store(spec.federation_store), 2)
     at_home, public = personal_pool(spec, own, releases), pool_of(releases, spec)
@@ -210,6 +212,13 @@ def test_images_are_clipped_as_for_the_release(pixels: str, other: str, clip_nor
     torch.testing.assert_close(found, released_clip(x_BCHW, pixels, float(clip_norm)), atol=1e-6, rtol=0)
     if clip_norm != "100":  # the mutant: clipped in the other range
         assert not torch.allclose(found, released_clip(x_BCHW, other, float(clip_norm)), atol=1e-2)
+
+
+def test_images_are_scaled_to_the_public_norm_as_for_a_release_of_directions() -> None:
+    x_BCHW = 2 * torch.rand(50, 1, 4, 4, generator=torch.Generator().manual_seed(4)) - 1
+    privacy = parse(PrivacySpec, {"mechanism": "privunit", "epsilon": "10", "clipNorm": "2.3"}, "privacy")
+    norms_B = ((clipped_images(x_BCHW, privacy) + 1) / 2).flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms_B, torch.full_like(norms_B, 2.3))
 
 
 @pytest.mark.parametrize("pixels", ["zeroToOne", "minusOneToOne"])

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from feddiff_protocol import layout
 from feddiff_protocol.api import parse
 from feddiff_protocol.errors import DataInvalid, FeddiffError, Interrupted
+from feddiff_protocol.privunit import best_cap
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseSpec, Stage, TrainSharedSpec
 from feddiff_protocol.telemetry import told_by
@@ -46,14 +47,16 @@ from feddiff_trainer.pooling import pool
 from feddiff_trainer.release import release
 from feddiff_trainer.stores import FolderStore, open_store
 from feddiff_trainer.telemetry import telling
-from feddiff_trainer.train_shared import network_config, releases_of
+from feddiff_trainer.train_shared import network_config, pool_of, releases_of
 from feddiff_trainer.training import BatchLoss, World
 
 UID = "uid-00000001"
 COUNTS = {"a": (120, 30), "b": (30, 120)}
 SUMMARY = {"mechanism": "summary", "clipNorm": "4", "momentClipNorm": "2"}, {"splitSigma": "0.25"}
+PRIVUNIT = {"mechanism": "privunit", "clipNorm": "2"}, {"splitSigma": "0.25"}
 JOBS = {
     "summary": SUMMARY,
+    "privunit": PRIVUNIT,
     "closedForm": SUMMARY,
     "continued": ({"mechanism": "gaussian", "clipNorm": "1"}, {"timeline": "continued"}),
     "restarted": ({"mechanism": "gaussian", "clipNorm": "1"}, {"timeline": "restarted"}),
@@ -115,7 +118,7 @@ def prepared(folder: Path, job: str, noise: int = 0) -> TrainSharedSpec:
         "job": {"uid": UID, "name": "digits", "namespace": "research"},
         "attempt": 1,
         "image": {"channels": 1, "height": 4, "width": 4},
-        "privacy": privacy | {"epsilon": "10", "delta": "1e-5"},
+        "privacy": privacy | {"epsilon": "10"} | ({} if job == "privunit" else {"delta": "1e-5"}),
         "diffusion": diffusion,
         "federationStore": (folder / "federation").as_uri(),
     }
@@ -226,6 +229,24 @@ def test_closed_form_is_the_denoiser_of_the_pool(finished: Callable[[str], Finis
     assert not torch.allclose(found(y_BCHW, sigma_B, label_B), others(y_BCHW, sigma_B, label_B), atol=1e-3)
 
 
+def test_the_pool_of_directions_has_the_means_of_images_of_the_public_norm(tmp_path: Path) -> None:
+    spec = prepared(tmp_path, "privunit")
+    found = pool_of(releases_of(spec, open_store(spec.federation_store), 2), spec)
+    x_ND, labels_N = all_records(tmp_path)
+    scaled_ND = 2 * x_ND / np.linalg.norm(x_ND, axis=1)[:, None]
+    noise = best_cap(10.0, 16).noise_std(2.0)
+    for k in range(2):
+        mean_D = scaled_ND[labels_N == k].mean(axis=0)
+        apart_D = (found.means_KD[k].numpy() + 1) / 2 - mean_D
+        assert np.abs(apart_D).max() < 5 * noise / np.sqrt((labels_N == k).sum())
+
+
+def all_records(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    stored = [np.load(folder / f"owner-{client}" / "records.npz") for client in COUNTS]
+    images_ND = np.concatenate([each["images"].reshape(len(each["images"]), -1) for each in stored])
+    return images_ND, np.concatenate([each["labels"] for each in stored])
+
+
 def pool_of_all(spec: TrainSharedSpec, own_covariance_weight: float) -> ClassGaussian:
     releases = releases_of(spec, open_store(spec.federation_store), 2)
     return ClassGaussian(*pool(releases, 0.05, own_covariance_weight))
@@ -288,8 +309,11 @@ def source_of(spec: TrainSharedSpec, monkeypatch: pytest.MonkeyPatch) -> tuple[S
     return seen[0]
 
 
-def test_on_summaries_clean_draws_above_the_split_are_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = prepared(tmp_path, "summary")
+@pytest.mark.parametrize("job", ["summary", "privunit"])
+def test_on_what_is_pooled_clean_draws_above_the_split_are_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
+    spec = prepared(tmp_path, job)
     source, sigma_data = source_of(spec, monkeypatch)
     batch, split = source(2000, torch.Generator().manual_seed(1)), promise_of(spec.privacy, spec.diffusion).split_sigma
     assert split - 1e-6 <= batch.sigma_B.min() < 1.1 * split and batch.sigma_B.max() > 100

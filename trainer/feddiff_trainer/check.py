@@ -88,11 +88,13 @@ def _pixel_range(records: Records) -> list[float]:
 
 
 def _clips(records: Records, norms_N: NDArray[np.float64], privacy: PrivacySpec) -> list[dict[str, Any]]:
-    """How many images each of the job's clip norms would scale down."""
+    """How many images each of the job's clip norms would scale down; privunit scales the others up."""
     clipped_N = norms_N
     if not privacy.clips_non_negative_pixels:
         clipped_N = np.concatenate([np.linalg.norm(2 * pixels_ND - 1, axis=1) for _, pixels_ND in _batches(records)])
     clips = [_clip("clipNorm", str(privacy.clip_norm), clipped_N)]
+    if privacy.mechanism is Mechanism.PRIVUNIT:
+        clips[0]["raised"] = int((clipped_N < float(privacy.clip_norm)).sum())
     if privacy.moment_clip_norm is not None:
         centre = float(privacy.centre_or_default)
         clips.append(_clip("momentClipNorm", str(privacy.moment_clip_norm), _centred_norms(records, centre)))

@@ -28,7 +28,7 @@ from .owner_page import Gallery, OwnerReport, owner_page
 from .pictures import LabelledImages, Pixels, grid, read_samples, to_pixels
 from .pooling import CENTRED_FROM, OwnerSummary, project_keeping_trace, unpacked
 from .records import Records, digest_records, read_holdout, read_source
-from .released import GaussianRelease, Terms, read_releases
+from .released import GaussianRelease, PrivunitRelease, Release, Terms, read_releases
 from .report import class_name
 from .stage import report_progress, run_stage
 from .stores import Store, open_store
@@ -79,8 +79,9 @@ def evaluate(spec: EvaluateSpec, promise: Promise, records: Records, samples: La
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         mechanism=spec.privacy.mechanism,
         epsilon=spec.privacy.epsilon,
-        delta=spec.privacy.delta,
+        delta=spec.privacy.delta_or_zero,
         mu_squared=promise.charge.mu_squared,
+        pure_epsilon=promise.charge.pure_epsilon,
         split_step=promise.split_step,
         split_sigma=promise.split_sigma,
         timeline=spec.diffusion.timeline.value if spec.diffusion.timeline else None,
@@ -90,7 +91,7 @@ def evaluate(spec: EvaluateSpec, promise: Promise, records: Records, samples: La
     )
 
 
-def own_release(store: Store, spec: EvaluateSpec) -> GaussianRelease | OwnerSummary:
+def own_release(store: Store, spec: EvaluateSpec) -> Release:
     """What everybody else saw of this owner. Raises DataInvalid if its release is not among those that count."""
     for reference in spec.releases:
         if reference.client == spec.client:
@@ -203,9 +204,7 @@ def _values_of(measures: Quality | Measures, left_out: Collection[str]) -> Value
 # ---- Pictures --------------------------------------------------------------------------------------------------
 
 
-def gallery_of(
-    spec: EvaluateSpec, records: Records, samples: LabelledImages, release: GaussianRelease | OwnerSummary
-) -> Gallery:
+def gallery_of(spec: EvaluateSpec, records: Records, samples: LabelledImages, release: Release) -> Gallery:
     """The first images of every class and column."""
     shape_CHW = (spec.image.channels, spec.image.height, spec.image.width)
     labels = range(spec.classes.count)
@@ -224,9 +223,7 @@ def _first_real(records: Records, label: int, shape_CHW: tuple[int, int, int]) -
     return to_pixels(records[rows]).reshape(-1, *shape_CHW)
 
 
-def released_pictures(
-    release: GaussianRelease | OwnerSummary, shape_CHW: tuple[int, int, int], num_classes: int
-) -> tuple[list[Pixels], str]:
+def released_pictures(release: Release, shape_CHW: tuple[int, int, int], num_classes: int) -> tuple[list[Pixels], str]:
     """What the server saw of each class as pictures, and a sentence that says what they are."""
     if isinstance(release, GaussianRelease):
         labels_N = release.labels_N.numpy()
@@ -237,6 +234,12 @@ def released_pictures(
             f"The noise has σ = {release.split_sigma:.3g} where black to white is 2; what lies beyond black or white "
             "is cut off for display."
         )
+    if isinstance(release, PrivunitRelease):
+        return [_privunit_pictures(release, label) for label in range(num_classes)], (
+            "“Released” is what everybody else saw: your images with their noise, not in the order of your records; "
+            "the first picture of a class is the mean of them all. The noise has a standard deviation of "
+            f"{release.noise_std:.3g} where black to white is 1; what lies beyond these is cut off for display."
+        )
     generator = torch.Generator().manual_seed(SEED)
     pictures = [_summary_pictures(release, label, shape_CHW, generator) for label in range(len(release.counts_K))]
     return pictures, (
@@ -244,6 +247,14 @@ def released_pictures(
         "from the noisy Gaussian that your release alone describes, cut off at black and white. None of them is one of "
         "your images."
     )
+
+
+def _privunit_pictures(release: PrivunitRelease, label: int) -> Pixels:
+    """The mean of one class's released images, then some of them; none without records."""
+    images_NCHW = release.images_NCHW[release.labels_N == label]
+    if len(images_NCHW):
+        images_NCHW = torch.cat([images_NCHW.mean(dim=0, keepdim=True), images_NCHW[: PICTURED - 1]])
+    return to_pixels(images_NCHW.numpy())
 
 
 def _summary_pictures(

@@ -6,12 +6,13 @@ noise), `both` (shared above the split, personal below).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from feddiff_protocol.api import Delta, Mechanism, Name, NonNegative, Positive, Wire
+from feddiff_protocol.api import Mechanism, Name, NonNegative, Positive, ShareOrNothing, Wire
 from feddiff_protocol.stages import JobReference, Sha256
 
 ARMS = ("both", "shared", "personal")
@@ -167,8 +168,9 @@ class Evaluation(Wire):
     finished_at: str  # UTC, ISO 8601
     mechanism: Mechanism
     epsilon: Positive
-    delta: Delta
+    delta: ShareOrNothing
     mu_squared: NonNegative
+    pure_epsilon: NonNegative = Decimal(0)
     split_step: int
     split_sigma: float
     timeline: str | None = None

@@ -38,7 +38,7 @@ def release_gaussian(
     most 2√2·C. Otherwise map first and clip in [-1, 1] units: at most 2C. clip_norm None clips nothing: each value lies
     in [-1, 1], so one pixel changes by at most 2. Raises DataInvalid for pixels that are not in [0, 1].
     """
-    _check_pixels(pixels_ND)
+    check_pixels(pixels_ND)
     _check_scales(alpha=alpha, s=s)
     x_ND = _clipped_image(pixels_ND, clip_norm, non_negative)
     noised_ND = normals(x_ND.shape)
@@ -58,25 +58,31 @@ def release_gaussian_on_grid(
     s: float,
     normals: Normals,
 ) -> NDArray[np.int16]:
-    """cells_ND of `release_gaussian` on the grid of step grid_step(s), records in the given order, batch by batch.
+    """cells_ND of `release_gaussian` on the grid of step grid_step(s), records in the given order."""
+
+    def noised(pixels_ND: Float64) -> Float64:
+        return release_gaussian(
+            pixels_ND, clip_norm=clip_norm, non_negative=non_negative, alpha=alpha, s=s, normals=normals
+        )
+
+    return released_on_grid(noised, pixels, order_N, grid_step(s))
+
+
+def released_on_grid(
+    release: Callable[[Float64], Float64], pixels: Pixels, order_N: Int64, step: float
+) -> NDArray[np.int16]:
+    """cells_ND of what `release` makes of the pixels_ND, records in the given order, batch by batch.
 
     order_N: see `shuffled_order`; a record named twice would be released twice and raises ValueError.
     """
     if len(np.unique(order_N)) != len(order_N):
         raise ValueError("order_N: expected every record at most once, found one twice; draw it by shuffled_order")
-    step, width = grid_step(s), pixels[order_N[:1]].shape[1]
+    width = pixels[order_N[:1]].shape[1]
     cells_ND = np.empty((len(order_N), width), np.int16)
     batch = max(1, BATCH_VALUES // width)
     for start in range(0, len(order_N), batch):
-        noised_ND = release_gaussian(
-            pixels[order_N[start : start + batch]],
-            clip_norm=clip_norm,
-            non_negative=non_negative,
-            alpha=alpha,
-            s=s,
-            normals=normals,
-        )
-        cells_ND[start : start + batch] = round_to_grid(noised_ND, step)
+        rows = slice(start, start + batch)
+        cells_ND[rows] = round_to_grid(release(pixels[order_N[rows]]), step)
     return cells_ND
 
 
@@ -111,7 +117,7 @@ def clip_l2(v_ND: Float64, clip_norm: float) -> Float64:
     product err by less than that together. Raises DataInvalid for rows without a finite norm, ValueError for C ≤ 0.
     """
     _check_scales(clip_norm=clip_norm)
-    norm_N = _norms(v_ND)
+    norm_N = norms(v_ND)
     if not np.isfinite(norm_N).all():
         row = int((~np.isfinite(norm_N)).argmax())
         raise DataInvalid(
@@ -126,14 +132,14 @@ def clip_l2(v_ND: Float64, clip_norm: float) -> Float64:
 
 def _check_clipped(clipped_ND: Float64, clip_norm: float) -> None:
     """Not an assertion: python -O must not switch off what the promise rests on."""
-    longest = _norms(clipped_ND).max(initial=0.0)
+    longest = norms(clipped_ND).max(initial=0.0)
     if not longest <= clip_norm:
         raise PrivacyRefusal(
             f"expected norms of at most {clip_norm!r} after the clip, found {longest!r}; nothing left, report this"
         )
 
 
-def _norms(v_ND: Float64) -> Float64:
+def norms(v_ND: Float64) -> Float64:
     norms_N: Float64 = np.sqrt(np.einsum("nd,nd->n", v_ND, v_ND))
     return norms_N
 
@@ -194,7 +200,7 @@ def _mean_sums(pixels: Pixels, labels_N: Int64, num_classes: int, clip_norm: flo
     """Σ v of every class, ‖v‖ ≤ C1; v ≥ 0, so a replaced record moves it by at most √2·C1."""
     sums_KD: Float64 | None = None
     for pixels_ND, starts, classes in _by_class(pixels, labels_N):
-        _check_pixels(pixels_ND)
+        check_pixels(pixels_ND)
         if sums_KD is None:
             sums_KD = np.zeros((num_classes, pixels_ND.shape[1]))
         sums_KD[classes] += np.add.reduceat(clip_l2(pixels_ND, clip_norm), starts)
@@ -262,7 +268,7 @@ def _counts(labels_N: Int64, num_classes: int) -> Int64:
     return np.bincount(labels_N, minlength=num_classes)
 
 
-def _check_pixels(pixels_ND: Float64) -> None:
+def check_pixels(pixels_ND: Float64) -> None:
     """The sensitivities hold for pixels in [0, 1] alone, so nothing else is noised; NaN fails the comparison too."""
     low, high = pixels_ND.min(), pixels_ND.max()
     if not (low >= 0 and high <= 1):

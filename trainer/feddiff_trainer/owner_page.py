@@ -6,6 +6,7 @@ Shapes: N images, C channels, H height, W width.
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from feddiff_protocol import accountant
 from feddiff_protocol.api import ClassesSpec
@@ -99,7 +100,7 @@ def _lead(report: OwnerReport) -> Html:
     together = _together(report)
     return joined(
         f"Your dataset made one release for this job: ε = {tidy(privacy.epsilon)} per {privacy.unit}, "
-        f"δ = {tidy(privacy.delta)}, by the mechanism {privacy.mechanism.value}. {together}"
+        f"δ = {tidy(privacy.delta_or_zero)}, by the mechanism {privacy.mechanism.value}. {together}"
         "The promise holds for each of your images, against everybody else; nothing but the release has left."
     )
 
@@ -108,26 +109,32 @@ def _together(report: OwnerReport) -> str:
     """The combined ε where these records were released for other jobs too."""
     if not report.others:
         return ""
-    count, delta = len(report.others) + 1, report.spec.privacy.delta
+    count = len(report.others) + 1
     return (
         f"Together with {num(len(report.others), 'other job')} evaluated here that is {count} releases and "
-        f"ε = {combined_epsilon(report):.2f} per image at δ = {tidy(delta)}. "
+        f"ε = {combined_epsilon(report):.2f} per image at δ = {tidy(combined_delta(report))}. "
     )
 
 
 def combined_epsilon(report: OwnerReport) -> float:
-    """ε per image of this job's release and the others' together: their μ² add up, their ε do not."""
+    """ε per image of this job's release and the others' together: their μ² add up, their ε do not, but pure ε does."""
     charges = [
-        accountant.Charge(mu_squared=evaluation.mu_squared) for evaluation in (report.evaluation, *report.others)
+        accountant.Charge(evaluation.mu_squared, evaluation.pure_epsilon)
+        for evaluation in (report.evaluation, *report.others)
     ]
-    return accountant.spent_epsilon(charges, report.spec.privacy.delta)
+    return accountant.spent_epsilon(charges, combined_delta(report))
+
+
+def combined_delta(report: OwnerReport) -> Decimal:
+    """δ at which the combined ε holds: this job's, or where that is 0 the largest of the others."""
+    return report.evaluation.delta or max((other.delta for other in report.others), default=Decimal(0))
 
 
 def _facts(report: OwnerReport) -> list[tuple[str, str]]:
     privacy = report.spec.privacy
     return [
         (f"ε per {privacy.unit}, this job", tidy(privacy.epsilon)),
-        ("δ", tidy(privacy.delta)),
+        ("δ", tidy(privacy.delta_or_zero)),
         ("Releases", "1" if not report.others else f"1 of {len(report.others) + 1}"),
         ("Mechanism", privacy.mechanism.value),
         ("Split step, σ", f"{report.promise.split_step}, {report.promise.split_sigma:.3g}"),
@@ -358,7 +365,7 @@ def _jobs(report: OwnerReport) -> list[Html]:
     lines = [_job_row(report, evaluation, group) for evaluation in (*report.others, report.evaluation)]
     text = (
         "Each job is a release of its own, and each was charged. Together: "
-        f"ε = {combined_epsilon(report):.2f} per image at δ = {tidy(report.spec.privacy.delta)}, k = {len(lines)} "
+        f"ε = {combined_epsilon(report):.2f} per image at δ = {tidy(combined_delta(report))}, k = {len(lines)} "
         "releases. Figures are of “both”; every job trained a personal denoiser of its own."
     )
     caption = f"Jobs on these records, oldest first; {GROUP_TITLES[group].lower()}"
@@ -386,13 +393,12 @@ def _picture_row(evaluation: Evaluation) -> Html:
 
 
 def _promise(report: OwnerReport) -> Html:
-    mu = report.promise.mu
     return section(
         "What the promise means",
         paragraph(
             "Take somebody who knows every image of yours but one and has to tell, from your release, whether that one "
-            f"is a given image. The best test there can be has {attack_sentence(mu)}; guessing has 0.5 and 1%. The job "
-            "report says what lies outside the promise."
+            f"is a given image. The best test there can be has {attack_sentence(report.promise)}; guessing has 0.5 "
+            "and 1%. The job report says what lies outside the promise."
         ),
     )
 

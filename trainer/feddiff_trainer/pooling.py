@@ -1,14 +1,14 @@
-"""From every owner's noisy summary to one Gaussian per class: post-processing of what is public already.
+"""From every owner's release to one Gaussian per class: post-processing of what is public already.
 
 An owner for whom a class is rare learns it from owners for whom it is common: every owner counts by the precision of
-what it released. All in float64; summaries in [0, 1] units of pixels, the result in [-1, 1] units.
+what it released. All in float64; releases in [0, 1] units of pixels, the result in [-1, 1] units.
 
 Shapes: K classes, D values of one image, M = D·(D + 1)/2 packed values of a symmetric matrix, J owners.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import inf, sqrt
 from statistics import fmean
 
 import torch
@@ -18,6 +18,7 @@ from feddiff_protocol.errors import DataInvalid
 
 CENTRED_FROM = 20  # records of a class from which an owner's second moment is about its own noisy mean
 TRACE_FLOOR = 0.01  # smallest total variance of a class, as a share of what the public guess would give
+ROWS = 4096  # images at a time in a second moment: memory stays far below N×D float64
 TINY = 1e-9  # of the mean eigenvalue: at own_weight 1 even an axis without variance keeps its own
 
 
@@ -39,23 +40,43 @@ class OwnerSummary:
     centre: float
 
 
+@dataclass(frozen=True)
+class OwnerMoments:
+    """What one owner's noised images say of each class (docs/method.md, `privunit`), [0, 1] units, float64: means_KD
+    and packed covariances_KM without bias, zeros where there are too few records for them; counts_K: the public
+    numbers.
+
+    noise_std: of the white noise in each value of one image; the covariances are without it.
+    """
+
+    means_KD: Tensor
+    covariances_KM: Tensor
+    counts_K: Tensor
+    noise_std: float
+
+
+Owner = OwnerSummary | OwnerMoments
+
+
 def pool(
-    owners: Sequence[OwnerSummary],
+    owners: Sequence[Owner],
     variance_guess: float,
     own_covariance_weight: float = 0.5,
     *,
-    at_home: dict[int, OwnerSummary] | None = None,
+    at_home: Mapping[int, Owner] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """means_KD and covariances_KDD of every class, [-1, 1] units, positive semi-definite.
 
     variance_guess τ: a public guess of one pixel's variance; own_covariance_weight: how much of a class's covariance is
     its own, in an average entry, where it is known as well as the other classes' from the releases. at_home: by
-    position in `owners`, exact sums that stand for that owner's release (see exact_summary); the result is then as
-    private as its records. Raises DataInvalid for a class without records.
+    position in `owners`, exact sums that stand for that owner's release (see exact); the result is then as private
+    as its records. Raises DataInvalid for a class without records, or if nobody's release speaks of a covariance.
     """
     _check_every_class_has_records(owners)
     classes = range(len(owners[0].counts_K))
     released_precision = fmean(_pool_class(owners, k, variance_guess)[2] for k in classes)
+    if released_precision == 0:
+        raise DataInvalid("releases: expected two records of one class at one owner at least, found none; add records")
     known = [(at_home or {}).get(position, owner) for position, owner in enumerate(owners)]
     pooled = [_pool_class(known, k, variance_guess) for k in classes]
     means_KD = torch.stack([mean_D for mean_D, _, _ in pooled])
@@ -68,11 +89,45 @@ def pool(
     return 2 * means_KD.clamp(0, 1) - 1, 4 * covariances_KDD
 
 
-def exact_summary(x_ND: Tensor, label_N: Tensor, released: OwnerSummary) -> OwnerSummary:
-    """An owner's own sums without clip and noise, in the form of what it released. x_ND: its records in [0, 1].
+def exact(x_ND: Tensor, label_N: Tensor, released: Owner) -> Owner:
+    """An owner's own moments without clip and noise, in the form of what it released. x_ND: its records in [0, 1].
 
     For its personal denoiser, which has seen the records anyway. They never leave the owner.
     """
+    if isinstance(released, OwnerMoments):
+        return moments_of(x_ND, label_N, len(released.counts_K), noise_std=0.0)
+    return exact_summary(x_ND, label_N, released)
+
+
+def moments_of(images_ND: Tensor, label_N: Tensor, num_classes: int, noise_std: float) -> OwnerMoments:
+    """Means and covariances of every class, without the white noise of this standard deviation in each value.
+
+    x̃ = x + noise of E[noise | x] = 0 and Cov(noise | x) = s²·I has the mean of x and the covariance Σ + s²·I, so the
+    sample covariance, over n - 1, less s²·I has the expectation Σ.
+    """
+    classes = [_moments_of_class(images_ND[label_N == k], noise_std) for k in range(num_classes)]
+    means, covariances = zip(*classes, strict=True)
+    counts_K = torch.bincount(label_N, minlength=num_classes)
+    return OwnerMoments(torch.stack(means), torch.stack(covariances), counts_K, noise_std)
+
+
+def _moments_of_class(images_nD: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
+    """Mean and packed covariance; zeros of no image, and a covariance of zeros of one."""
+    count, num_values = images_nD.shape
+    batches = [images_nD[start : start + ROWS] for start in range(0, count, ROWS)]
+    mean_D, square_DD = (torch.zeros(shape, dtype=torch.float64) for shape in (num_values, (num_values, num_values)))
+    for rows_nD in batches:
+        mean_D += rows_nD.double().sum(dim=0) / count
+    for rows_nD in batches:
+        centred_nD = rows_nD.double() - mean_D
+        square_DD += centred_nD.T @ centred_nD
+    if count >= 2:
+        square_DD = square_DD / (count - 1) - noise_std**2 * torch.eye(num_values, dtype=torch.float64)
+    return mean_D, packed(square_DD)
+
+
+def exact_summary(x_ND: Tensor, label_N: Tensor, released: OwnerSummary) -> OwnerSummary:
+    """See exact."""
     mean_sums, moment_sums = [], []
     for k in range(len(released.counts_K)):
         x_nD = x_ND[label_N == k].double()
@@ -89,7 +144,7 @@ def exact_summary(x_ND: Tensor, label_N: Tensor, released: OwnerSummary) -> Owne
     )
 
 
-def _check_every_class_has_records(owners: Sequence[OwnerSummary]) -> None:
+def _check_every_class_has_records(owners: Sequence[Owner]) -> None:
     total_K = torch.stack([owner.counts_K for owner in owners]).sum(dim=0)
     if missing := (total_K == 0).nonzero().flatten().tolist():
         raise DataInvalid(
@@ -97,40 +152,63 @@ def _check_every_class_has_records(owners: Sequence[OwnerSummary]) -> None:
         )
 
 
-def _pool_class(owners: Sequence[OwnerSummary], k: int, variance_guess: float) -> tuple[Tensor, Tensor, float]:
+def _pool_class(owners: Sequence[Owner], k: int, variance_guess: float) -> tuple[Tensor, Tensor, float]:
     """Mean, covariance and the covariance's precision of one class, [0, 1] units, neither projected nor shrunk."""
-    holders = [owner for owner in owners if owner.counts_K[k] > 0]
-    counts_J = torch.tensor([float(owner.counts_K[k]) for owner in holders], dtype=torch.float64)
-    weights_J = normalised(_mean_precisions(holders, counts_J, variance_guess))
-    mean_D = sum(
-        (w * o.mean_sums_KD[k] / n for w, o, n in zip(weights_J, holders, counts_J, strict=True)), torch.tensor(0.0)
-    )
-    precision_J = _covariance_precisions(holders, counts_J, variance_guess, mean_D.numel())
-    noise = sum(float(w * o.mean_std / n) ** 2 for w, o, n in zip(weights_J, holders, counts_J, strict=True))
-    mean = PooledMean(mean_D, noise, float((weights_J.square() / counts_J).sum()))
+    said = [said_of_class(owner, k, variance_guess) for owner in owners if owner.counts_K[k] > 0]
+    weights_J = normalised(_precisions(each.mean_noise + variance_guess / each.count for each in said))
+    mean_D = sum((w * each.mean_D for w, each in zip(weights_J, said, strict=True)), torch.tensor(0.0))
+    noise = sum(float(w) ** 2 * each.mean_noise for w, each in zip(weights_J, said, strict=True))
+    sampling = sum(float(w) ** 2 / each.count for w, each in zip(weights_J, said, strict=True))
+    mean = PooledMean(mean_D, noise, sampling)
+    precision_J = _precisions(each.covariance_error for each in said)
     covariance_DD = torch.zeros(len(mean_D), len(mean_D), dtype=torch.float64)
-    for weight, owner in zip(normalised(precision_J), holders, strict=True):
-        covariance_DD += weight * owner_covariance(owner, k, mean)
+    for weight, each in zip(normalised(precision_J), said, strict=True):
+        if weight > 0:
+            covariance_DD += weight * each.covariance(mean)
     return mean_D, covariance_DD, float(precision_J.sum())
 
 
-def _mean_precisions(holders: Sequence[OwnerSummary], counts_J: Tensor, variance_guess: float) -> Tensor:
-    """1/(s1²/n² + τ/n): one over a value's variance in S1/n, noise and sampling."""
-    std_J = torch.tensor([owner.mean_std for owner in holders], dtype=torch.float64)
-    return 1 / ((std_J / counts_J).square() + variance_guess / counts_J)
+def _precisions(variances: Iterable[float]) -> Tensor:
+    return torch.tensor([1 / variance for variance in variances], dtype=torch.float64)
 
 
-def _covariance_precisions(
-    holders: Sequence[OwnerSummary], counts_J: Tensor, variance_guess: float, values: int
-) -> Tensor:
-    """1/(s2²/n² + 2τ·C2²/(d·n)): one over an entry's variance in S2/n, noise and sampling."""
-    std_J = torch.tensor([owner.moment_std for owner in holders], dtype=torch.float64)
-    clip_J = torch.tensor([owner.moment_clip_norm for owner in holders], dtype=torch.float64)
-    return 1 / ((std_J / counts_J).square() + 2 * variance_guess * clip_J.square() / (values * counts_J))
+@dataclass(frozen=True)
+class Said:
+    """What one owner's release says of one class: its number of records, the mean and the noise's variance in a value
+    of it, the covariance given the pooled mean, and the variance, of noise and sampling, in an entry of that."""
+
+    count: float
+    mean_D: Tensor
+    mean_noise: float
+    covariance: Callable[["PooledMean"], Tensor]
+    covariance_error: float
+
+
+def said_of_class(owner: Owner, k: int, variance_guess: float) -> Said:
+    """A summary's sums carry noise once, so it goes down with n², noised images carry it n times, so with n.
+
+    An entry's error: s2²/n² + 2τ·C2²/(d·n) of a summary; of noised images (τ + s²)²/(n - 1), as for independent values
+    of variance τ + s², and infinite for one image.
+    """
+    count = float(owner.counts_K[k])
+    if isinstance(owner, OwnerMoments):
+        mean_D, values_M, noise = owner.means_KD[k], owner.covariances_KM[k], owner.noise_std**2
+        error = (variance_guess + noise) ** 2 / (count - 1) if count >= 2 else inf
+        return Said(count, mean_D, noise / count, lambda pooled: unpacked(values_M, len(mean_D)), error)
+    mean_D = owner.mean_sums_KD[k] / count
+    sampling = 2 * variance_guess * owner.moment_clip_norm**2 / (len(mean_D) * count)
+    return Said(
+        count,
+        mean_D,
+        (owner.mean_std / count) ** 2,
+        lambda pooled: owner_covariance(owner, k, pooled),
+        (owner.moment_std / count) ** 2 + sampling,
+    )
 
 
 def normalised(weights: Tensor) -> Tensor:
-    return weights / weights.sum()
+    """Weights of sum 1, or of 0 where there are none."""
+    return weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 @dataclass(frozen=True)

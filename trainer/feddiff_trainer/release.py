@@ -14,18 +14,20 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
+from numpy.typing import NDArray
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import Mechanism
 from feddiff_protocol.errors import DataInvalid, FeddiffError, InputMissing, PrivacyRefusal, SpecInvalid
 from feddiff_protocol.manifest import Manifest, Seal, ShardReference, shard_name, spec_sha256
-from feddiff_protocol.promise import Promise, check_size, promise_of, schedule_of
+from feddiff_protocol.promise import Promise, cap_of, check_size, promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseSpec
 
-from .mechanisms import release_gaussian_on_grid, release_summary, shuffled_order
+from .mechanisms import Int64, release_gaussian_on_grid, release_summary, shuffled_order
 from .noise import Float64, Normals, os_entropy_normals
+from .privunit import release_privunit_on_grid
 from .records import Records, digest_records, read_source
-from .shards import Integers, encode, grid_steps, layouts
+from .shards import Integers, encode, grid_steps, images_name, layouts
 from .stage import report_progress, run_stage
 from .stores import FAILURES, Store, check_creates_once, open_store
 
@@ -86,6 +88,8 @@ def _largest_values(spec: ReleaseSpec, promise: Promise) -> dict[str, tuple[floa
         schedule = schedule_of(spec.diffusion)
         alpha, s = schedule.alpha(promise.split_step), schedule.s(promise.split_step)
         return {"images": (alpha, s, np.iinfo(np.int16).max)}
+    if promise.mechanism is Mechanism.PRIVUNIT:
+        return {"directions": (1.0, 0.0, np.iinfo(np.int16).max)}  # of length 1, whatever the noise
     assert promise.mean_std is not None and promise.moment_std is not None and spec.privacy.moment_clip_norm is not None
     num_records, limit = max(spec.classes.records), np.iinfo(np.int32).max
     return {
@@ -152,24 +156,33 @@ def _shards(spec: ReleaseSpec, promise: Promise, records: Records, normals: Norm
     if promise.mechanism is Mechanism.SUMMARY:
         yield _summary_shard(spec, promise, records, normals)
         return
-    schedule = schedule_of(spec.diffusion)
-    order_N, start = shuffled_order(len(records)), 0
+    order_N, start, name = shuffled_order(len(records)), 0, images_name(promise.mechanism)
     for shard_layout in layouts(promise.mechanism, spec.image, spec.classes.records):
-        shape_NCHW = shard_layout.tensors["images"][1]
+        shape_NCHW = shard_layout.tensors[name][1]
         rows_N = order_N[start : start + shape_NCHW[0]]
-        cells_ND = release_gaussian_on_grid(
-            records,
-            rows_N,
-            clip_norm=float(spec.privacy.clip_norm),
-            non_negative=spec.privacy.clips_non_negative_pixels,
-            alpha=schedule.alpha(promise.split_step),
-            s=schedule.s(promise.split_step),
-            normals=normals,
-        )
+        cells_ND = _released_images(spec, promise, records, rows_N, normals)
         labels_N = records.labels_N[rows_N].astype(np.int32)
-        yield encode(shard_layout, {"images": cells_ND.reshape(shape_NCHW), "labels": labels_N})
+        yield encode(shard_layout, {name: cells_ND.reshape(shape_NCHW), "labels": labels_N})
         start += shape_NCHW[0]
         report_progress(start, len(records), "images")
+
+
+def _released_images(
+    spec: ReleaseSpec, promise: Promise, records: Records, rows_N: Int64, normals: Normals
+) -> NDArray[np.int16]:
+    """cells_ND of the records in these rows."""
+    if promise.mechanism is Mechanism.PRIVUNIT:
+        return release_privunit_on_grid(records, rows_N, cap=cap_of(spec.privacy, spec.image), normals=normals)
+    schedule = schedule_of(spec.diffusion)
+    return release_gaussian_on_grid(
+        records,
+        rows_N,
+        clip_norm=float(spec.privacy.clip_norm),
+        non_negative=spec.privacy.clips_non_negative_pixels,
+        alpha=schedule.alpha(promise.split_step),
+        s=schedule.s(promise.split_step),
+        normals=normals,
+    )
 
 
 def _summary_shard(spec: ReleaseSpec, promise: Promise, records: Records, normals: Normals) -> bytes:

@@ -17,7 +17,7 @@ from feddiff_protocol import layout
 from feddiff_protocol.api import DiffusionSpec, ImageSpec, Mechanism, PrivacySpec
 from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.manifest import DOCUMENT_BYTES, Manifest, ShardReference
-from feddiff_protocol.promise import Promise, promise_of, schedule_of
+from feddiff_protocol.promise import Promise, cap_of, promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseReference
 
 from .fetching import ALONE, fetched_once
@@ -40,6 +40,20 @@ class GaussianRelease:
 
 
 @dataclass(frozen=True)
+class PrivunitRelease:
+    """Noised images x̃ = (C/m)·z, whose mean is the image scaled to norm C. images_NCHW: float32, [0, 1] units;
+    labels_N: int64 in 0..K-1; noise_std: of the white noise in each value."""
+
+    images_NCHW: Tensor
+    labels_N: Tensor
+    num_classes: int
+    noise_std: float
+
+
+Release = GaussianRelease | OwnerSummary | PrivunitRelease
+
+
+@dataclass(frozen=True)
 class Terms:
     """What the job says of every release."""
 
@@ -52,7 +66,7 @@ class Terms:
 
 def read_releases(
     store: Store, references: Sequence[ReleaseReference], terms: Terms, world: World = ALONE
-) -> list[GaussianRelease | OwnerSummary]:
+) -> list[Release]:
     """What clients released under this job, in the order of `references`, on every rank; the store sends every object
     once, whatever the number of ranks. No shard is fetched before all manifests are what they must be.
 
@@ -67,7 +81,7 @@ def read_releases(
     return [_release(manifest, contents) for manifest in manifests]
 
 
-def _release(manifest: Manifest, contents: Iterator[bytes]) -> GaussianRelease | OwnerSummary:
+def _release(manifest: Manifest, contents: Iterator[bytes]) -> Release:
     """The release of one manifest, its shards being the next of `contents`."""
     promise = promise_of(manifest.privacy, manifest.diffusion)
     shards = [
@@ -76,6 +90,8 @@ def _release(manifest: Manifest, contents: Iterator[bytes]) -> GaussianRelease |
     ]
     if promise.mechanism is Mechanism.SUMMARY:
         return _summary(manifest, promise, shards)
+    if promise.mechanism is Mechanism.PRIVUNIT:
+        return _privunit(manifest, shards)
     return _gaussian(manifest, promise, shards)
 
 
@@ -175,18 +191,29 @@ def _read(store: Store, key: str, most_bytes: int, client: str) -> tuple[bytes, 
 
 
 def _gaussian(manifest: Manifest, promise: Promise, shards: Sequence[dict[str, Integers]]) -> GaussianRelease:
+    labels_N = _labels(manifest, shards)
+    alpha = np.float32(schedule_of(manifest.diffusion).alpha(promise.split_step))
+    images_NCHW = np.concatenate([_values(shard["images"], manifest.grid_steps.images) for shard in shards])
+    images_NCHW /= alpha
+    return GaussianRelease(torch.from_numpy(images_NCHW), labels_N, promise.split_step, promise.split_sigma)
+
+
+def _privunit(manifest: Manifest, shards: Sequence[dict[str, Integers]]) -> PrivunitRelease:
+    labels_N, cap = _labels(manifest, shards), cap_of(manifest.privacy, manifest.image)
+    norm = float(manifest.privacy.clip_norm)
+    images_NCHW = np.concatenate([_values(shard["directions"], manifest.grid_steps.directions) for shard in shards])
+    images_NCHW *= np.float32(norm / cap.mean)
+    return PrivunitRelease(torch.from_numpy(images_NCHW), labels_N, len(manifest.counts), cap.noise_std(norm))
+
+
+def _labels(manifest: Manifest, shards: Sequence[dict[str, Integers]]) -> Tensor:
     who = _who(manifest.client)
     labels_N = np.concatenate([shard["labels"] for shard in shards]).astype(np.int64)
     if labels_N.min(initial=0) < 0 or labels_N.max(initial=0) >= len(manifest.counts):
         raise DataInvalid(f"{who}: expected labels in 0..{len(manifest.counts) - 1}, found others; do not use it")
     found = tuple(np.bincount(labels_N, minlength=len(manifest.counts)).tolist())
     _check_equal(who, "images per class", manifest.counts, found)
-    alpha = np.float32(schedule_of(manifest.diffusion).alpha(promise.split_step))
-    images_NCHW = np.concatenate([_values(shard["images"], manifest.grid_steps.images) for shard in shards])
-    images_NCHW /= alpha
-    return GaussianRelease(
-        torch.from_numpy(images_NCHW), torch.from_numpy(labels_N), promise.split_step, promise.split_sigma
-    )
+    return torch.from_numpy(labels_N)
 
 
 def _summary(manifest: Manifest, promise: Promise, shards: Sequence[dict[str, Integers]]) -> OwnerSummary:

@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 
 from feddiff_protocol import accountant, layout
 from feddiff_protocol.api import ClassesSpec, Mechanism
-from feddiff_protocol.promise import NOT_COVERED, Promise, promise_of
+from feddiff_protocol.promise import NOT_COVERED, Promise, cap_of, promise_of
 from feddiff_protocol.stages import BudgetLine, Duration, ReportSpec
 
 from .pages import Banner, Html, Page, bullets, definitions, element, joined, paragraph, render, rows, section, table
@@ -35,6 +35,7 @@ BANNER = Banner(
 MECHANISMS = {
     Mechanism.GAUSSIAN: "gaussian: every image is clipped, noised once, and released",
     Mechanism.SUMMARY: "summary: per class one noisy sum and one noisy second moment of clipped images are released",
+    Mechanism.PRIVUNIT: "privunit: of every image the direction is drawn anew, near the true one or not, and released",
 }
 
 
@@ -73,12 +74,11 @@ def job_report(spec: ReportSpec, samples: LabelledImages, versions: Mapping[str,
 
 def promise_sentence(spec: ReportSpec, promise: Promise) -> Html:
     privacy = spec.privacy
-    auc = accountant.attack_auc(promise.mu)
     return joined(
         f"Whoever sees everything that left the {num(len(spec.releases), 'owner')} learns about any one image at most "
-        f"what ε = {tidy(privacy.epsilon)} per {privacy.unit} allows (δ = {tidy(privacy.delta)}, one release from each "
-        f"owner): the best possible test of whether an image was there has an area under its curve of {auc:.3f}, "
-        "where guessing has 0.5."
+        f"what ε = {tidy(privacy.epsilon)} per {privacy.unit} allows (δ = {tidy(privacy.delta_or_zero)}, one release "
+        "from each owner): the best possible test of whether an image was there has an area under its curve of "
+        f"{promise.attack_auc:.3f}, where guessing has 0.5."
     )
 
 
@@ -95,7 +95,7 @@ def tidy(value: Decimal) -> str:
 def _facts(spec: ReportSpec, promise: Promise) -> list[tuple[str, str]]:
     return [
         (f"ε per {spec.privacy.unit}", tidy(spec.privacy.epsilon)),
-        ("δ", tidy(spec.privacy.delta)),
+        ("δ", tidy(spec.privacy.delta_or_zero)),
         ("Releases per owner, this job", "1"),
         ("Mechanism", spec.privacy.mechanism.value),
         ("Split step, σ", f"{promise.split_step}, {promise.split_sigma:.3g}"),
@@ -107,10 +107,9 @@ def _facts(spec: ReportSpec, promise: Promise) -> list[tuple[str, str]]:
 
 
 def _promise_section(spec: ReportSpec, promise: Promise) -> Html:
-    auc = accountant.attack_auc(promise.mu)
     chart = element(
         "figure",
-        roc_bound(lambda rate: 1.0 if rate >= 1 else accountant.attack_tpr(promise.mu, rate), auc, FALSE_POSITIVE_RATE),
+        roc_bound(lambda rate: 1.0 if rate >= 1 else promise.attack_tpr(rate), promise.attack_auc, FALSE_POSITIVE_RATE),
         element("figcaption", "No membership test on the release has a point above this curve."),
     )
     return section("The promise", element("div", definitions(promise_terms(spec, promise)), chart, cls="split"))
@@ -118,41 +117,58 @@ def _promise_section(spec: ReportSpec, promise: Promise) -> Html:
 
 def promise_terms(spec: ReportSpec, promise: Promise) -> list[tuple[str, str]]:
     """Every number of the promise with its name and unit, in words that stand alone."""
-    privacy, delta = spec.privacy, float(spec.privacy.delta)
-    exact = accountant.epsilon_of(promise.mu, delta)
+    privacy = spec.privacy
     return [
         ("Protected", f"each {privacy.unit}, against being replaced by any other of its class"),
         (
             "Promised",
-            f"ε = {tidy(privacy.epsilon)} per {privacy.unit}, δ = {tidy(privacy.delta)}, k = 1 release per owner",
+            f"ε = {tidy(privacy.epsilon)} per {privacy.unit}, δ = {tidy(privacy.delta_or_zero)},"
+            " k = 1 release per owner",
         ),
         ("Mechanism", MECHANISMS[privacy.mechanism]),
-        ("μ (Gaussian differential privacy)", f"{promise.mu:.4f}"),
-        ("ε of this μ, exact", f"{exact:.4f}"),
-        ("ε of this μ by the paper's formula", f"{accountant.paper_epsilon(promise.mu, delta):.4f} (valid, not tight)"),
-        ("Best attack", attack_sentence(promise.mu)),
+        *_gaussian_terms(promise.mu, float(privacy.delta_or_zero)),
+        ("Best attack", attack_sentence(promise)),
         (
             "Split",
             f"step {promise.split_step} of {spec.diffusion.steps}, noise-to-signal σ = {promise.split_sigma:.4g}",
         ),
         ("Clip norm of an image", clip_sentence(spec)),
-        ("Noise", noise_sentence(promise)),
+        ("Noise", noise_sentence(spec, promise)),
     ]
 
 
-def attack_sentence(mu: float) -> str:
-    found = accountant.attack_tpr(mu, FALSE_POSITIVE_RATE)
-    return f"area under the curve {accountant.attack_auc(mu):.3f}; {found:.1%} found at 1% false alarms"
+def _gaussian_terms(mu: float | None, delta: float) -> list[tuple[str, str]]:
+    if mu is None:
+        return [("Kind of promise", "pure ε: δ = 0, however unlucky the draw")]
+    return [
+        ("μ (Gaussian differential privacy)", f"{mu:.4f}"),
+        ("ε of this μ, exact", f"{accountant.epsilon_of(mu, delta):.4f}"),
+        ("ε of this μ by the paper's formula", f"{accountant.paper_epsilon(mu, delta):.4f} (valid, not tight)"),
+    ]
+
+
+def attack_sentence(promise: Promise) -> str:
+    found = promise.attack_tpr(FALSE_POSITIVE_RATE)
+    return f"area under the curve {promise.attack_auc:.3f}; {found:.1%} found at 1% false alarms"
 
 
 def clip_sentence(spec: ReportSpec) -> str:
     privacy = spec.privacy
     if privacy.mechanism is Mechanism.SUMMARY:
         return f"{privacy.clip_norm}, minus its class's noisy mean {privacy.moment_clip_norm} (pixels in [0, 1])"
+    if privacy.mechanism is Mechanism.PRIVUNIT:
+        return f"{privacy.clip_norm}: every image is scaled to it (pixels in [0, 1])"
     return f"{privacy.clip_norm} (pixels in {'[0, 1]' if privacy.clips_non_negative_pixels else '[-1, 1]'})"
 
 
-def noise_sentence(promise: Promise) -> str:
+def noise_sentence(spec: ReportSpec, promise: Promise) -> str:
+    if promise.mechanism is Mechanism.PRIVUNIT:
+        cap = cap_of(spec.privacy, spec.image)
+        return (
+            f"standard deviation {cap.noise_std(float(spec.privacy.clip_norm)):.4g} per pixel of an image, in [0, 1] "
+            f"units; drawn within {math.degrees(math.acos(cap.height)):.1f}° of the true direction with probability "
+            f"{cap.probability:.4f}"
+        )
     if promise.mean_std is None or promise.moment_std is None:
         given = f"; the step itself gives μ = {promise.step_mu:.4f}" if promise.step_mu is not None else ""
         return f"standard deviation {promise.split_sigma:.4g} per pixel, in [-1, 1] units{given}"
@@ -172,7 +188,8 @@ def _budget_section(budgets: Sequence[BudgetLine]) -> Html:
         "Privacy budgets",
         paragraph(
             "Each ε is per image and covers all releases of that owner's dataset together, those of other jobs "
-            "included. Releases add up in μ², not in ε, so spent and remaining need not sum to the budget."
+            "included. Releases add up in μ², not in ε, so spent and remaining need not sum to the budget; releases of "
+            "pure ε add up in ε, from a part of the budget set aside for them."
         ),
         table("ε per image, spent and left, by owner", columns, rows(lines), text=columns[:2]),
     )
@@ -183,7 +200,7 @@ def _budget_row(line: BudgetLine) -> list[str]:
     numbers = [
         line.budget_epsilon,
         line.spent_epsilon,
-        line.remaining_epsilon,
+        line.remaining_epsilon + (f", pure {line.remaining_pure_epsilon}" if line.remaining_pure_epsilon else ""),
         _tidied(line.delta),
         str(line.num_releases),
     ]
@@ -290,7 +307,7 @@ def _provenance_section(spec: ReportSpec, versions: Mapping[str, str]) -> Html:
 
 def _training(spec: ReportSpec) -> str:
     if spec.shared.denoiser == "closedForm":
-        return "in closed form from the pooled summaries, not trained"
+        return "in closed form from the pooled releases, not trained"
     return f"trained on {spec.shared.images:,} images in batches of {spec.shared.batch:,}"
 
 

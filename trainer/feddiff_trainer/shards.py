@@ -20,8 +20,9 @@ from feddiff_protocol.promise import Promise
 from feddiff_protocol.schedule import Schedule
 
 from .noise import grid_step
+from .privunit import STEP
 
-SHARD_BYTES = 64 << 20  # of a shard of noised images; a smaller one is never cut for the sake of evenness
+SHARD_BYTES = 64 << 20  # of a shard of images; a smaller one is never cut for the sake of evenness
 HEADER_BYTES = 4096  # several times what the names, types and shapes of two tensors take
 
 Integers = NDArray[np.signedinteger[Any]]
@@ -44,8 +45,8 @@ def layouts(mechanism: Mechanism, image: ImageSpec, counts: Sequence[int]) -> li
         size = image.dimensions
         sums = {"mean_sums": size, "moment_sums": size * (size + 1) // 2}
         return [Layout({name: (np.int32, (len(counts), length)) for name, length in sums.items()})]
-    num_images, rows = sum(counts), images_per_shard(image)
-    return [_images_layout(image, min(rows, num_images - start)) for start in range(0, num_images, rows)]
+    num_images, rows, name = sum(counts), images_per_shard(image), images_name(mechanism)
+    return [_images_layout(name, image, min(rows, num_images - start)) for start in range(0, num_images, rows)]
 
 
 def num_shards(mechanism: Mechanism, image: ImageSpec, counts: Sequence[int]) -> int:
@@ -57,21 +58,30 @@ def images_per_shard(image: ImageSpec) -> int:
     return SHARD_BYTES // (2 * image.dimensions + 4)
 
 
-def _images_layout(image: ImageSpec, rows: int) -> Layout:
+def images_name(mechanism: Mechanism) -> str:
+    """What the tensor of a mechanism that releases every image is called, in shards and grids."""
+    return "directions" if mechanism is Mechanism.PRIVUNIT else "images"
+
+
+def _images_layout(name: str, image: ImageSpec, rows: int) -> Layout:
     shape = (rows, image.channels, image.height, image.width)
-    return Layout({"images": (np.int16, shape), "labels": (np.int32, (rows,))})
+    return Layout({name: (np.int16, shape), "labels": (np.int32, (rows,))})
 
 
 def grid_steps(promise: Promise, schedule: Schedule) -> GridSteps:
-    """The public grids of a release, which follow from its noise alone."""
+    """The public grids of a release, which follow from its mechanism and noise alone."""
     if promise.mechanism is Mechanism.GAUSSIAN:
-        return GridSteps(images=_exponent(schedule.s(promise.split_step)))
+        return GridSteps(images=_exponent(grid_step(schedule.s(promise.split_step))))
+    if promise.mechanism is Mechanism.PRIVUNIT:
+        return GridSteps(directions=_exponent(STEP))
     assert promise.mean_std is not None and promise.moment_std is not None
-    return GridSteps(mean_sums=_exponent(promise.mean_std), moment_sums=_exponent(promise.moment_std))
+    return GridSteps(
+        mean_sums=_exponent(grid_step(promise.mean_std)), moment_sums=_exponent(grid_step(promise.moment_std))
+    )
 
 
-def _exponent(std: float) -> int:
-    mantissa, exponent = math.frexp(grid_step(std))
+def _exponent(step: float) -> int:
+    mantissa, exponent = math.frexp(step)
     assert mantissa == 0.5  # a power of two
     return exponent - 1
 

@@ -18,11 +18,20 @@ from .checkpoints import Checkpoints
 from .denoisers import denoiser_bytes
 from .denoising import ClassGaussian
 from .network import Denoiser
-from .pooling import OwnerSummary, exact_summary, pool
+from .pooling import exact, pool
 from .records import Records, read_source
 from .stage import report_progress, run_stage
 from .stores import open_store
-from .train_shared import EMA_WIDTH, SIGMA_DATA, Releases, from_releases, image_shape, network_config, releases_of
+from .train_shared import (
+    EMA_WIDTH,
+    SIGMA_DATA,
+    Releases,
+    from_releases,
+    image_shape,
+    network_config,
+    owners_of,
+    releases_of,
+)
 from .training import Progress, distributed, train
 
 
@@ -68,7 +77,7 @@ def source_of(
     if spec.personal.release_share == 0 or spec.diffusion.timeline is Timeline.RESTARTED:
         return source
     lowest = spec.personal.release_sigma or promise_of(spec.privacy, spec.diffusion).split_sigma
-    if spec.privacy.mechanism is Mechanism.SUMMARY:
+    if spec.privacy.mechanism is not Mechanism.GAUSSIAN:
         pool = personal_pool(spec, own, releases).to(device)
         counts_K = torch.bincount(label_N, minlength=spec.classes.count).to(device)
         released = filling_draws(pool, image_shape(spec.image), (float(lowest), sigmas[-1]), counts_K)
@@ -79,14 +88,14 @@ def source_of(
 
 def personal_pool(spec: TrainPersonalSpec, own: Records, releases: Releases) -> ClassGaussian:
     """The pool with the owner's own sums exact in place of its release: as private as its records, it stays here."""
-    summaries = [release for release in releases if isinstance(release, OwnerSummary)]
+    owners = owners_of(releases)
     at_home = {
-        position: exact_summary(torch.from_numpy(own[:]), torch.from_numpy(own.labels_N), summaries[position])
+        position: exact(torch.from_numpy(own[:]), torch.from_numpy(own.labels_N), owners[position])
         for position, reference in enumerate(spec.releases)
         if reference.client == spec.client
     }
     variance_guess, own_weight = spec.privacy.variance_guess_or_default, spec.shared.own_covariance_weight
-    return ClassGaussian(*pool(summaries, float(variance_guess), float(own_weight), at_home=at_home))
+    return ClassGaussian(*pool(owners, float(variance_guess), float(own_weight), at_home=at_home))
 
 
 def images_of(own: Records, spec: OwnerStageSpec) -> tuple[Tensor, Tensor]:
@@ -100,7 +109,10 @@ def clipped_images(x_BCHW: Tensor, privacy: PrivacySpec) -> Tensor:
     non_negative = privacy.clips_non_negative_pixels
     v_BCHW = (x_BCHW + 1) / 2 if non_negative else x_BCHW
     norm_B = v_BCHW.flatten(1).norm(dim=1).clamp(min=1e-12)
-    v_BCHW = v_BCHW * (float(privacy.clip_norm) / norm_B).clamp(max=1)[:, None, None, None]
+    scale_B = float(privacy.clip_norm) / norm_B
+    if privacy.mechanism is not Mechanism.PRIVUNIT:  # which scales shorter images up, too
+        scale_B = scale_B.clamp(max=1)
+    v_BCHW = v_BCHW * scale_B[:, None, None, None]
     clipped_BCHW: Tensor = 2 * v_BCHW - 1 if non_negative else v_BCHW
     return clipped_BCHW
 

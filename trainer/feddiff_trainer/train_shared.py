@@ -21,14 +21,14 @@ from .denoising import ClassGaussian
 from .drawing import draw_shared, drawing_of, labels_of, pack, to_pixels
 from .fetching import ALONE
 from .network import Denoiser, NetworkConfig
-from .pooling import OwnerSummary, pool
-from .released import GaussianRelease, Terms, read_releases
+from .pooling import Owner, OwnerSummary, moments_of, pool
+from .released import GaussianRelease, PrivunitRelease, Release, Terms, read_releases
 from .stage import report_progress, run_stage
 from .stores import Store, open_store
 from .telemetry import tell, time_told
 from .training import BatchLoss, Progress, World, distributed, train
 
-Releases = list[GaussianRelease | OwnerSummary]
+Releases = list[Release]
 
 EMA_WIDTH = 0.1  # of the run: the average reaches over about the last fifth of the training
 SIGMA_DATA = 0.5  # of clean images in [-1, 1]
@@ -75,7 +75,7 @@ def shared_denoiser(
 
 
 def shared_loss(spec: TrainSharedSpec, releases: Releases, sigma_data: float, device: torch.device) -> BatchLoss:
-    """On summaries ordinary diffusion above the split on draws; on noised images one of the two timelines."""
+    """On what was pooled ordinary diffusion above the split on draws; on noised images one of the two timelines."""
     if spec.diffusion.timeline is Timeline.RESTARTED:
         schedule, step = schedule_of(spec.diffusion), promise_of(spec.privacy, spec.diffusion).split_step
         y_NCHW, label_N = pooled_images(releases)
@@ -93,7 +93,7 @@ def from_releases(
     to offer below the split."""
     split = promise_of(spec.privacy, spec.diffusion).split_sigma
     highest = schedule_of(spec.diffusion).sigmas[-1]
-    if spec.privacy.mechanism is Mechanism.SUMMARY:
+    if spec.privacy.mechanism is not Mechanism.GAUSSIAN:
         return pool_draws(pool_of(releases, spec).to(device), image_shape(spec.image), (lowest_sigma, highest))
     y_NCHW, label_N = pooled_images(releases)
     return noised_images(y_NCHW.to(device), label_N.to(device), split, highest)
@@ -108,10 +108,21 @@ def releases_of(
 
 
 def pool_of(releases: Releases, spec: TrainSharedSpec | OwnerStageSpec) -> ClassGaussian:
-    """The pooled Gaussian of all owners' summaries: post-processing, everybody computes the same."""
-    summaries = [release for release in releases if isinstance(release, OwnerSummary)]
+    """The pooled Gaussian of all owners' releases: post-processing, everybody computes the same."""
     variance_guess = float(spec.privacy.variance_guess_or_default)
-    return ClassGaussian(*pool(summaries, variance_guess, float(spec.shared.own_covariance_weight)))
+    return ClassGaussian(*pool(owners_of(releases), variance_guess, float(spec.shared.own_covariance_weight)))
+
+
+def owners_of(releases: Releases) -> list[Owner]:
+    """What can be pooled of every release, in their order: summaries as they are, of privunit the classes' moments."""
+    owners: list[Owner] = []
+    for release in releases:
+        if isinstance(release, OwnerSummary):
+            owners.append(release)
+        elif isinstance(release, PrivunitRelease):
+            images_ND = release.images_NCHW.flatten(1)
+            owners.append(moments_of(images_ND, release.labels_N, release.num_classes, release.noise_std))
+    return owners
 
 
 def pooled_images(releases: Releases) -> tuple[Tensor, Tensor]:

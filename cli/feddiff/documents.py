@@ -1,15 +1,21 @@
-"""YAML files become one job and its datasets, every path resolved against the file that names it."""
+"""YAML files become one job and its datasets, every path resolved against the file that names it.
+
+The files may be those that go to `kubectl apply`: documents of other groups, a Namespace or a NetworkPolicy, are passed
+over, and what our own say of stores, Secrets, volumes and pods is read and not used.
+"""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from feddiff_protocol.api import (
+    GROUP,
     DatasetReference,
+    Document,
     FederatedDiffusionJob,
     PrivateDataset,
     SourceSpec,
@@ -19,6 +25,7 @@ from feddiff_protocol.errors import InputMissing, SpecInvalid
 from feddiff_protocol.promise import Promise, check_datasets, promise_of
 
 LARGEST_FILE_BYTES = 4 * 1024 * 1024
+OUR_KINDS = tuple(kind.__name__ for kind in get_args(Document))
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class LocalDataset:
 class Documents:
     datasets: tuple[LocalDataset, ...]
     jobs: tuple[FederatedDiffusionJob, ...]
+    passed_over: tuple[str, ...] = ()  # the kind of each document of another group
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,11 @@ class LocalJob:
 
 def load_job(files: Sequence[Path]) -> LocalJob:
     """The one job of `files` with its datasets. Raises SpecInvalid or InputMissing, naming file and field."""
-    documents = load_documents(files)
+    return one_job(load_documents(files), files)
+
+
+def one_job(documents: Documents, files: Sequence[Path]) -> LocalJob:
+    """The one job among the documents of `files`, with its datasets. Raises SpecInvalid, naming file and field."""
     if len(documents.jobs) != 1:
         found = ", ".join(job.metadata.name for job in documents.jobs) or "none"
         raise SpecInvalid(f"{_listed(files)}: expected exactly one FederatedDiffusionJob, found {found}; name one file")
@@ -82,8 +94,12 @@ def load_documents(files: Sequence[Path]) -> Documents:
     """Everything in `files`; a dataset or job that is there twice is refused."""
     datasets: dict[str, LocalDataset] = {}
     jobs: list[FederatedDiffusionJob] = []
+    passed_over: list[str] = []
     for file in files:
         for where, value in _read(file):
+            if _is_foreign(value):
+                passed_over.append(value["kind"])
+                continue
             document = parse_document(value, where)
             if isinstance(document, FederatedDiffusionJob):
                 jobs.append(document)
@@ -93,7 +109,15 @@ def load_documents(files: Sequence[Path]) -> Documents:
                 raise SpecInvalid(f"{where}: dataset {dataset.key} is described twice; keep one")
             datasets[dataset.key] = dataset
     _check_distinct_records(datasets.values())
-    return Documents(tuple(datasets.values()), tuple(jobs))
+    return Documents(tuple(datasets.values()), tuple(jobs), tuple(passed_over))
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether the document is another group's. A kind of ours in another group is a slip, which is refused."""
+    version, kind = (value.get("apiVersion"), value.get("kind")) if isinstance(value, Mapping) else (None, None)
+    if not isinstance(version, str) or not isinstance(kind, str) or not version or not kind:
+        return False
+    return version.partition("/")[0] != GROUP and kind not in OUR_KINDS
 
 
 def resolved(document: PrivateDataset, folder: Path) -> LocalDataset:

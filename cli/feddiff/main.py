@@ -4,7 +4,8 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,7 @@ from .cluster_commands import Place, at_place
 if TYPE_CHECKING:
     from feddiff_protocol.access import Role
 
-    from .documents import LocalDataset
+    from .documents import Documents, LocalDataset
     from .engine import Outcome
     from .store_checks import StoreToCheck
 
@@ -139,10 +140,9 @@ def check(
 
     The answer depends on the records. Keep it.
     """
-    from .documents import load_documents
     from .owner_stages import check_records
 
-    documents = load_documents([file])
+    documents = _documents([file])
     if not documents.datasets:
         raise UsageInvalid(f"{file}: expected at least one PrivateDataset, found none; name the file that holds it")
     job = documents.jobs[0] if len(documents.jobs) == 1 else None
@@ -165,10 +165,10 @@ def plan(files: Files, as_json: AsJson = False) -> None:
 
     Ends with 77 when a budget or an owner's access rules do not admit it.
     """
-    from .documents import load_job
+    from .documents import one_job
     from .plan_report import plan_clients, plan_document, print_plan
 
-    job = load_job(files)
+    job = one_job(_documents(files), files)
     clients = plan_clients(job)
     if as_json:
         print_json(plan_document(job, clients))
@@ -197,12 +197,12 @@ def run(
     Each owner's ledger and private results lie beside the records, in feddiff/. Deleting the run's folder
     forgets no charge: run again, it is a new release.
     """
-    from .documents import load_job
+    from .documents import one_job
     from .engine import Setting, run_job, usable_cores
     from .progress import display
     from .run_folder import RunFolder
 
-    job = load_job(files)
+    job = one_job(_documents(files), files)
     run_folder = RunFolder(folder or files[0].resolve().parent / "runs" / job.document.metadata.name)
     with display(as_json) as shown, _stop_requests() as stop_requested:
         setting = Setting(
@@ -217,6 +217,17 @@ def run(
             _tell_stop(error, run_folder.path, as_json)
             raise
     _tell_outcome(outcome, run_folder.path, files, as_json)
+
+
+def _documents(files: Sequence[Path]) -> "Documents":
+    """What the files hold; what of it is for a cluster alone is named, in one line."""
+    from .documents import load_documents
+
+    documents = load_documents(files)
+    if documents.passed_over:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(documents.passed_over).items())
+        print(f"feddiff: passed over, since only a cluster needs it: {kinds}", file=sys.stderr)
+    return documents
 
 
 @contextlib.contextmanager
@@ -464,12 +475,11 @@ def ledger(
 
 
 def _datasets(where: Path) -> "list[LocalDataset]":
-    from .documents import load_documents
     from .run_folder import RunFolder
 
     if where.is_dir():
         return list(RunFolder(where).job().datasets.values())
-    found = list(load_documents([where]).datasets)
+    found = list(_documents([where]).datasets)
     if not found:
         raise UsageInvalid(f"{where}: expected at least one PrivateDataset, found none; name the file that holds it")
     return found

@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feddiff.documents import load_documents, load_job, parse_yaml
+from feddiff_protocol.api import API_VERSION
 from feddiff_protocol.errors import InputMissing, SpecInvalid
-
-HEADER = "apiVersion: feddiff.dev/v1alpha1\n"
 
 
 def documents_of(file: Path) -> list[dict[str, Any]]:
@@ -29,6 +28,36 @@ def test_files_together_hold_one_job_and_its_datasets(world: Any) -> None:
     owners = rewritten(world.path / "owners.yaml", datasets)
     loaded = load_job([*owners, *rewritten(world.path / "job.yaml", [job])])
     assert list(loaded.datasets) == ["a", "b"]
+
+
+NAMESPACE = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "clinic-a"}}
+POLICY = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "x"}, "spec": {}}
+
+
+def test_what_only_a_cluster_needs_is_passed_over_and_named(world: Any) -> None:
+    """The same job, of which a local run sees no difference."""
+    before, documents = world.job(), documents_of(world.job_file())
+    files = rewritten(world.path / "digits.yaml", [NAMESPACE, *documents, POLICY, NAMESPACE])
+    assert load_job(files) == before
+    assert load_documents(files).passed_over == ("Namespace", "NetworkPolicy", "Namespace")
+
+
+@pytest.mark.parametrize(
+    ("story", "document", "words"),
+    [
+        ("a kind of ours that nobody knows", {**NAMESPACE, "apiVersion": API_VERSION}, "found .*'Namespace'"),
+        ("a version of ours that nobody knows", {"apiVersion": "feddiff.dev/v1", "kind": "PrivateDataset"}, "v1'"),
+        ("an entry of the ledger", {"apiVersion": API_VERSION, "kind": "PrivacyRelease"}, "'PrivacyRelease'"),
+        ("a kind of ours in a misspelt group", {"apiVersion": "fediff.dev/v1", "kind": "PrivateDataset"}, "fediff"),
+        ("no kind", {"apiVersion": "v1"}, "found 'v1', None"),
+        ("an empty kind", {"apiVersion": "v1", "kind": ""}, "found 'v1', ''"),
+        ("no apiVersion", {"kind": "Namespace"}, "found None, 'Namespace'"),
+        ("a list", [NAMESPACE], "found list"),
+    ],
+)
+def test_what_might_be_meant_for_us_is_not_passed_over(world: Any, story: str, document: Any, words: str) -> None:
+    with pytest.raises(SpecInvalid, match=words):
+        load_documents(rewritten(world.path / "x.yaml", [*documents_of(world.job_file()), document]))
 
 
 def test_paths_are_relative_to_the_file_that_holds_the_dataset(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from feddiff.documents import load_job
 from feddiff.local_ledger import LocalLedger
 from feddiff.run_folder import RunFolder
 from feddiff_protocol.errors import Interrupted, PrivacyRefusal, SpecInvalid
@@ -56,6 +58,27 @@ def test_a_run_does_every_stage_once_and_in_order(world: Any) -> None:
     for owner in "ab":
         own = [name for name in stages.started if name.endswith(f" {owner}")]
         assert own == [f"{stage} {owner}" for stage in ("release", "train-personal", "sample", "evaluate")]
+
+
+def test_stores_and_overlays_of_a_cluster_are_folders_of_a_local_run(world: Any) -> None:
+    """The file of a cluster: no stage hears of a bucket, a Secret or a pod."""
+    file = world.job_file(store={"uri": "s3://federation/jobs", "secretName": "federation-trainer"})
+    *datasets, job = yaml.safe_load_all(file.read_text())
+    for dataset in datasets:
+        dataset["spec"]["source"]["volumeClaim"] = "scans"
+        dataset["spec"] |= {
+            "store": {"uri": f"s3://{dataset['metadata']['namespace']}/feddiff", "secretName": "own-store"},
+            "federation": {"uri": "s3://federation/jobs", "secretName": "federation-store"},
+            "podTemplate": {"spec": {"nodeSelector": {"gpu": "yes"}}},
+        }
+    file.write_text(yaml.safe_dump_all([*datasets, job]))
+    stages = world.stages()
+    outcome = world.run(load_job([file]), stages)
+    assert outcome.exit_code == 0
+    stores = {value for spec in stages.specs for name, value in spec if name.endswith("_store")}
+    assert {"federation", "store"} == {Path(uri.removeprefix("file://")).name for uri in stores}
+    assert all(uri.startswith(f"file://{world.path}/") for uri in stores)
+    assert not [spec for spec in stages.specs if "s3://" in spec.model_dump_json()]
 
 
 def test_a_release_starts_only_when_every_client_is_charged(world: Any) -> None:

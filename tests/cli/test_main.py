@@ -322,6 +322,51 @@ def test_init_writes_documents_that_plan_accepts(feddiff: Any, tmp_path: Path, o
     assert (code, "exists; name another folder" in err) == (73, True)
 
 
+# ---- What goes to kubectl apply, too -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plan", "run", "check", "ledger"])
+def test_what_is_for_a_cluster_alone_is_said_once(
+    feddiff: Any, world: Any, fake_stages: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from feddiff import owner_stages
+
+    with_reports(fake_stages, world)
+    answer = {"records": 1, "classes": [], "pixelRange": [0.0, 1.0], "normQuantiles": {}, "clips": []}
+    monkeypatch.setattr(owner_stages, "run_module", lambda module, path: json.dumps(answer))
+    job = world.job_file()
+    said = {}
+    for text in (job.read_text(), f"{OF_A_CLUSTER}---\n{job.read_text()}"):
+        job.write_text(text)
+        code, out, err = feddiff(name, job, "--json")
+        assert code == 0, err
+        said[err] = out.count("\n") > 0 and "Namespace" not in out
+    assert said == {
+        "": True,
+        "feddiff: passed over, since only a cluster needs it: 2 Namespace, 1 PersistentVolume\n": True,
+    }
+
+
+OF_A_CLUSTER = "---\n".join(
+    f"{{apiVersion: v1, kind: {kind}, metadata: {{name: x}}}}\n"
+    for kind in ("Namespace", "PersistentVolume", "Namespace")
+)
+
+
+def test_what_an_owner_applies_goes_to_plan(feddiff: Any, world: Any) -> None:
+    """As it is printed; a researcher's job beside it."""
+    *_, job = yaml.safe_load_all(world.job_file(diffusion={"splitSigma": "2"}).read_text())
+    job["spec"]["clients"] = [{"name": "a", "dataset": {"namespace": "clinic-a", "name": "scans"}}]
+    job["spec"]["privacy"]["epsilon"] = "1"
+    owner = world.path / "owner.yaml"
+    owner.write_text(feddiff("owner", "init", "-n", "clinic-a", "--research", "research", "--dataset", "scans")[1])
+    (world.path / "job.yaml").write_text(yaml.safe_dump(job))
+    code, out, err = feddiff("plan", owner, world.path / "job.yaml")
+    assert code == 0, err
+    assert "clinic-a/scans" in out
+    assert err == "feddiff: passed over, since only a cluster needs it: 1 Namespace, 1 RoleBinding, 1 NetworkPolicy\n"
+
+
 # ---- Mistakes ----------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-all test-local chaos check kube images crds manifests clean
+.PHONY: demo test test-all test-local chaos e2e check kube images crds manifests clean
 
 demo: $(VENV)/.demo
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/digits/demo.sh $(DEMO)
@@ -26,6 +26,11 @@ test-local: check
 # Every fault under a job of its own: half an hour. Writes docs/reliability.md.
 chaos: kube images
 	FEDDIFF_CHAOS=docs/reliability.md $(BIN)/pytest -m "chaos or node" tests/cluster/test_chaos.py
+
+# One whole job of three owners on a node, scraped by a real Prometheus: ten minutes once the images are built. With
+# FEDDIFF_E2E_ROW=FILE it appends a row of what it measured. `make test` runs its short form, tests/cluster/test_first_job.py.
+e2e: kube images
+	$(BIN)/pytest -m e2e tests/cluster/test_e2e.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

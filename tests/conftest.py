@@ -25,6 +25,8 @@ NODE_SECONDS = 1200  # images are built and loaded, and one file of tests may ha
 
 LONGEST = {
     "chaos": "breaks things one after the other for half an hour; left out unless asked for",
+    "e2e": "a whole job of three owners with a Prometheus beside it, ten minutes; left out unless asked for, its short"
+    " form is cluster/test_first_job.py",
     "sweep": "kills an operator at every call of a job, half an hour; left out unless asked for",
 }
 

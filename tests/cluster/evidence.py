@@ -6,14 +6,16 @@ nothing else. What is released of one job must be in order as long as the bucket
 
 import hashlib
 import re
+import urllib.request
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.federation import Federation
+from cluster.federation import Federation, OwnFederation
 from cluster.gate import Write
+from cluster.weed import environment_in
 from feddiff_protocol import layout
 from feddiff_protocol.layout import release_name
 from feddiff_protocol.ledger import Entry, Phase, inconsistency
@@ -171,3 +173,27 @@ def _sha256(data: bytes) -> str:
 def leaks(secrets: Iterable[str], texts: Mapping[str, str]) -> list[str]:
     """Where a planted secret can be read."""
     return [where for where, text in texts.items() if any(secret in text for secret in secrets)]
+
+
+def readable(world: OwnFederation, pages: Mapping[str, str]) -> dict[str, str]:
+    """Logs, events, objects with their status, audit log, and metrics, by where they are; `pages` are the metrics of
+    pods that are gone."""
+    node = world.node
+    kinds = ("fdj", "pds", "prl", "jobs", "pods", "events", "configmaps", "services")
+    texts = {kind: node.kubectl("get", kind, "--all-namespaces", "-o", "json") for kind in kinds}
+    logs = [each for each in (node.directory / "pod-logs").rglob("*.log") if each.is_file()]
+    assert len(logs) > 10
+    texts |= {str(log): log.read_text(errors="replace") for log in logs}
+    texts["audit log"] = node.audit_log.read_text()
+    for pod in world.operators():
+        with urllib.request.urlopen(f"http://{pod['status']['podIP']}:8080/metrics", timeout=10) as answer:
+            texts[f"metrics of {pod['metadata']['name']}"] = answer.read().decode()
+    return texts | {f"metrics of {pod}": page for pod, page in pages.items()}
+
+
+def keys_of(world: Federation) -> set[str]:
+    """Both parts of the keys of all stores."""
+    files = sorted((world.folder / "s3").glob("*.env"))
+    keys = {environment_in(file)[name] for file in files for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    assert len(keys) == 2 * len(files)
+    return keys

@@ -196,6 +196,11 @@ class Watch:
             pytest.fail(f"not within {seconds} s; last: {last}\n{self.world.what_went_wrong()}", pytrace=False)
         return found
 
+    def has_ended(self, seconds: float) -> bool:
+        """Whether the job has, now or within so many seconds."""
+        with self._news:
+            return self._news.wait_for(lambda: any(each["phase"] in ENDED for each in self.statuses), seconds)
+
     def _follow(self) -> None:
         kubeconfig = ["--kubeconfig", str(self.world.node.kubeconfig)]
         what = ["get", "fdj", "--field-selector", f"metadata.name={self.name}", "-n", RESEARCH, "--watch"]
@@ -205,11 +210,11 @@ class Watch:
                 self._kubectl = kubectl
                 assert kubectl.stdout
                 for event in _documents(kubectl.stdout):
-                    if self._left.is_set() or self._has_ended(event["object"].get("status")):
+                    if self._left.is_set() or self._hear(event["object"].get("status")):
                         return kubectl.kill()
             self._left.wait(0.2)  # the API server is away
 
-    def _has_ended(self, status: Object | str | None) -> bool:
+    def _hear(self, status: Object | str | None) -> bool:
         if not isinstance(status, dict) or "phase" not in status:  # an error has a word as its status
             return False
         if status not in self.statuses:

@@ -56,7 +56,7 @@ HEAD = """| fault | what happened | strikes after | recovered after | ends after
 def page(outcomes: Sequence[Outcome]) -> str:
     """The whole page, the table last."""
     rows = "\n".join(_row(each) for each in outcomes)
-    text = TEXT.format(commit=_commit(), hardware=_hardware(), date=datetime.now(UTC).date())
+    text = TEXT.format(commit=commit(), hardware=hardware(), date=datetime.now(UTC).date())
     return f"{text}\n{HEAD}\n{rows}\n"
 
 
@@ -85,12 +85,12 @@ def _attempts(outcome: Outcome) -> str:
     return ", ".join(f"{number} × {stage}" for stage, number in more if number > 1) or "one each"
 
 
-def _commit() -> str:
+def commit() -> str:
     done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
-def _hardware() -> str:
+def hardware() -> str:
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     model = next(line.partition(": ")[2] for line in cpus if line.startswith("model name"))
     return f"{os.cpu_count()} cores of {model}, Linux {platform.release()}"

@@ -34,9 +34,11 @@ class Kubelet:
         self.cluster, self.outcome, self.namespaces = cluster, outcome or (lambda pod, spec: 0), tuple(namespaces)
         self.specs: dict[str, list[Object]] = defaultdict(list)  # what stages were told, by stage and client
         self._done: set[tuple[str, str]] = set()
+        self.leaving = False
 
     async def run(self) -> None:
-        while True:
+        """Until it is `leaving`, between two looks: a request that is cut off leaves its connection half closed."""
+        while not self.leaving:
             for namespace in self.namespaces:
                 for pod in await self.cluster.list(POD, namespace, "feddiff.dev/job-uid"):
                     with suppress(Conflict):  # deleted meanwhile

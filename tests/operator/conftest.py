@@ -95,9 +95,8 @@ class World:
             try:
                 yield kubelet
             finally:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+                kubelet.leaving = True
+                await task
 
     @contextlib.asynccontextmanager
     async def cluster(self) -> AsyncIterator[Cluster]:

@@ -315,6 +315,7 @@ class Proxy:
         self._frozen: set[asyncio.StreamReader] = set()
         self._readers: set[asyncio.StreamReader] = set()
         self._loop = asyncio.new_event_loop()
+        self._opening: set[asyncio.Task[Any]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._server = self._call(asyncio.start_server(self._join, "127.0.0.1", 0))
@@ -335,13 +336,18 @@ class Proxy:
 
     async def _end(self) -> None:
         self._server.close()
+        await asyncio.gather(*self._opening, return_exceptions=True)  # one cut off while it opens is never closed
+        await asyncio.sleep(0)  # whoever waited for it has it
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # aborted connections are gone
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(self._address, 6443)
+        opening = asyncio.create_task(asyncio.open_connection(self._address, 6443))
+        self._opening.add(opening)
+        there, back = await opening
         try:
             await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
         except (OSError, asyncio.CancelledError):

@@ -201,8 +201,8 @@ def test_what_cannot_be_joined_or_shared_is_refused(options: dict[str, Any], err
 
 
 def test_ray_and_local_engine_agree_on_the_same_releases(world: Any, cluster: dict[str, Any], tmp_path: Path) -> None:
-    """Both go on from one run that has released, with the stages as they are: everything that they leave in the stores
-    but the reports, which tell durations, and an evaluation's time is the same to the byte; so are status and ledgers."""
+    """Both go on from one run that has released, with the stages as they are. What they leave in the stores is the same
+    to the byte, but for reports, which tell durations, and an evaluation's time; so are status and ledgers."""
     world.path = tmp_path / "world"
     world.path.mkdir()
     world.write_records()

@@ -89,7 +89,8 @@ def test_the_sample_of_a_ray_job_fits_kuberays_definition(control_plane: Control
     """Strictly: a field that the definition does not know is refused."""
     file, asked = ROOT / "manifests/samples/ray/rayjob.yaml", ("apply", "--dry-run=server", "--validate=strict", "-f")
     control_plane.kubectl("apply", "--server-side", "-f", PROGRAMS / "rayjobs.yaml")
-    control_plane.kubectl("wait", "--for=condition=Established", "crd/rayjobs.ray.io", "--timeout=60s")
+    established = "jsonpath={.status.conditions[?(@.type=='Established')].status}=True"  # bears with none yet
+    control_plane.kubectl("wait", f"--for={established}", "crd/rayjobs.ray.io", "--timeout=60s")
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "research"}}
     control_plane.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(namespace))
     control_plane.kubectl(*asked, file)

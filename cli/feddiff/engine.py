@@ -52,7 +52,7 @@ from feddiff_protocol.stages import (
 
 from .documents import LocalJob
 from .local_ledger import LocalLedger
-from .processes import INTERRUPTED, StageCommand, StageProcess, num_processes, stage_command, stop_orphans
+from .processes import INTERRUPTED, Attempt, StartAttempt, StartProcess, num_processes, stop_orphans
 from .run_folder import RunFolder, replace_file, store_uri
 
 OUR_BUG, TOO_LATE, PRIVACY_REFUSED = 1, 69, 77
@@ -80,8 +80,9 @@ class Setting:
 
     reporter: Reporter
     num_processes: int = field(default_factory=usable_cores)
+    cores: int = field(default_factory=usable_cores)
     command_line: str = ""
-    stage_command: StageCommand = stage_command
+    start_attempt: StartAttempt = field(default_factory=StartProcess)
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
     stop_requested: Callable[[], int] = lambda: 0  # how often somebody asked; the second time is impatient
@@ -124,7 +125,7 @@ class _Engine:
         self.spec = job.document.spec
         self.holds = {client: ledger.hold(uid, client) for client, ledger in ledgers.items()}
         self.refusals: dict[str, str] = {}
-        self.running: dict[StageKey, StageProcess] = {}
+        self.running: dict[StageKey, Attempt] = {}
         self.not_before: dict[StageKey, float] = {}
         self.num_starts: dict[StageKey, int] = {}
         self.stages = self._stages_so_far()
@@ -224,7 +225,7 @@ class _Engine:
         due = [start for start in starts if self.not_before.get((start.stage, start.client), 0.0) <= now]
         specs = [(start, self._spec(start, observed)) for start in due]
         wanted = sum(self._slots(spec) for _, spec in specs) + self._slots_taken()
-        threads = max(1, usable_cores() // max(1, min(wanted, self.setting.num_processes)))
+        threads = max(1, self.setting.cores // max(1, min(wanted, self.setting.num_processes)))
         for start, spec in specs:
             if self._slots_taken() + self._slots(spec) > self.setting.num_processes:
                 return
@@ -243,10 +244,8 @@ class _Engine:
         attempt = self.folder.attempt_folder(key, start.attempt)
         attempt.mkdir(parents=True)
         (attempt / "spec.json").write_text(spec.model_dump_json(by_alias=True, exclude_none=True, indent=2))
-        command = self.setting.stage_command(spec, attempt / "spec.json")
-        now = self.setting.clock()
-        process = StageProcess.start(key, start.attempt, attempt, command, self._slots(spec), threads, now)
-        self.running[key] = process
+        now, slots = self.setting.clock(), self._slots(spec)
+        self.running[key] = self.setting.start_attempt(key, start.attempt, attempt, spec, slots, threads, now)
         self.num_starts[key] = self.num_starts.get(key, 0) + 1
         failures = self.stages[key].num_failures if key in self.stages else 0
         self.stages[key] = StageObserved(StagePhase.RUNNING, start.attempt, failures)
@@ -273,8 +272,10 @@ class _Engine:
             self._finish(process)
         return bool(ended)
 
-    def _enforce_time(self, process: StageProcess) -> None:
+    def _enforce_time(self, process: Attempt) -> None:
         now, limit = self.setting.clock(), self.spec.deadlines.of(process.key[0]).stage_seconds
+        if not process.begun():
+            process.started_at = now
         if limit is not None and process.asked_to_stop_at is None and now - process.started_at > limit:
             process.stop_reason = f"ran longer than deadlines.stageSeconds = {limit}"
             process.ask_to_stop(now)
@@ -289,7 +290,7 @@ class _Engine:
         moments = [*self.not_before.values(), *([self._release_deadline] if self._release_deadline is not None else [])]
         return any(since < moment <= self.setting.clock() for moment in moments)
 
-    def _finish(self, process: StageProcess) -> None:
+    def _finish(self, process: Attempt) -> None:
         seen = self._seen_at_end(process)
         ended = {"exitCode": process.exit_code(), "phase": seen.phase.value, "message": seen.message}
         replace_file(process.folder / "exit.json", json.dumps(ended, ensure_ascii=False) + "\n")
@@ -300,7 +301,7 @@ class _Engine:
             self.not_before[process.key] = self.setting.clock() + wait
         self.setting.reporter.stage_ended(process.key, seen)
 
-    def _seen_at_end(self, process: StageProcess) -> StageObserved:
+    def _seen_at_end(self, process: Attempt) -> StageObserved:
         if done := self._succeeded(process.key, process.attempt):
             return done
         failures, code, attempt = self.stages[process.key].num_failures, process.exit_code(), process.attempt

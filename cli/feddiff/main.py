@@ -59,6 +59,13 @@ class RoleName(StrEnum):
     TRAINER = "trainer"
 
 
+class EngineName(StrEnum):
+    """What carries out a plan."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 Files = Annotated[
     list[Path],
     typer.Argument(metavar="FILE...", help="YAML files that together hold the datasets and exactly one job."),
@@ -190,33 +197,56 @@ def run(
         Path | None, typer.Option("--dir", metavar="DIR", help="The run's folder; runs/<job> beside the first file.")
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes at a time; default: one per core.")] = None,
+    engine: Annotated[EngineName, typer.Option(help="What starts them: this process, or a Ray cluster.")] = (
+        EngineName.LOCAL
+    ),
+    address: Annotated[
+        str | None, typer.Option(help="The Ray cluster to join; default: RAY_ADDRESS, or one started here.")
+    ] = None,
+    gpu_share: Annotated[
+        float | None, typer.Option(help="With Ray: share of a GPU for each training; default: 1.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Carry a job out on this machine. Stopped or crashed? The same command goes on where it was.
+    """Carry a job out on this machine, or on a Ray cluster. Stopped or crashed? The same command goes on where it was.
 
     Each owner's ledger and private results lie beside the records, in feddiff/. Deleting the run's folder
     forgets no charge: run again, it is a new release.
     """
     from .documents import one_job
-    from .engine import Setting, run_job, usable_cores
+    from .engine import Setting, run_job
     from .progress import display
     from .run_folder import RunFolder
 
     job = one_job(_documents(files), files)
     run_folder = RunFolder(folder or files[0].resolve().parent / "runs" / job.document.metadata.name)
-    with display(as_json) as shown, _stop_requests() as stop_requested:
-        setting = Setting(
-            reporter=shown,
-            num_processes=processes or usable_cores(),
-            command_line=shlex.join(["feddiff", *sys.argv[1:]]),
-            stop_requested=stop_requested,
-        )
+    with (
+        _carriers(engine, processes, address, gpu_share) as given,
+        display(as_json) as shown,
+        _stop_requests() as stop,
+    ):
+        command_line = shlex.join(["feddiff", *sys.argv[1:]])
+        setting = Setting(reporter=shown, command_line=command_line, stop_requested=stop, **given)
         try:
             outcome = run_job(job, run_folder, setting)
         except FeddiffError as error:
             _tell_stop(error, run_folder.path, as_json)
             raise
     _tell_outcome(outcome, run_folder.path, files, as_json)
+
+
+def _carriers(
+    engine: EngineName, processes: int | None, address: str | None, gpu_share: float | None
+) -> contextlib.AbstractContextManager[dict[str, Any]]:
+    """What of a Setting says who starts processes, and how many."""
+    if engine is EngineName.RAY:
+        from .ray_stages import ray_cluster
+
+        return ray_cluster(address, processes, gpu_share)
+    for name, given in (("--address", address), ("--gpu-share", gpu_share)):
+        if given is not None:
+            raise UsageInvalid(f"{name}: expected with --engine ray alone, found {given}; add it or leave this out")
+    return contextlib.nullcontext({"num_processes": processes} if processes else {})
 
 
 def _documents(files: Sequence[Path]) -> "Documents":

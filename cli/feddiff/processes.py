@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -48,58 +49,45 @@ def num_processes(spec: AnyStageSpec) -> int:
 
 
 @dataclass
-class StageProcess:
-    """One attempt of one stage, under way."""
+class Attempt(ABC):
+    """One attempt of one stage, under way; what it writes into `folder` can be read here."""
 
     key: StageKey
     attempt: int
     folder: Path
     slots: int
     started_at: float
-    process: "subprocess.Popen[bytes]"
-    asked_to_stop_at: float | None = None
-    stop_reason: str = ""  # set when the stage itself is at fault, as when it ran too long
-    _read_to: int = field(default=0)
+    asked_to_stop_at: float | None = field(default=None, init=False)
+    stop_reason: str = field(default="", init=False)  # set when the stage itself is at fault, as when it ran too long
+    _read_to: int = field(default=0, init=False)
 
-    @classmethod
-    def start(
-        cls, key: StageKey, attempt: int, folder: Path, command: list[str], slots: int, threads: int, now: float
-    ) -> "StageProcess":
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), **attempt_environment(folder)}
-        (folder / "exits").mkdir(exist_ok=True)
-        with (folder / "stderr.log").open("ab") as stderr, (folder / "stdout.log").open("ab") as stdout:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                env=environment,
-                process_group=0,  # Ctrl-C in the terminal reaches the engine alone, which then asks its stages
-                preexec_fn=_ask_to_stop_when_the_engine_dies,
-            )
-        return cls(key, attempt, folder, slots, now, process)
+    @abstractmethod
+    def ended(self) -> bool: ...
 
-    def ended(self) -> bool:
-        return self.process.poll() is not None
+    def begun(self) -> bool:
+        """Whether it has had its turn; its time counts from then."""
+        return True
+
+    @abstractmethod
+    def kill(self) -> None:
+        """At once, with nothing saved."""
+
+    @abstractmethod
+    def _tell_to_stop(self) -> None: ...
+
+    @abstractmethod
+    def _own_code(self) -> int:
+        """Of what was started here, which may hide what the ranks said; asked after it ended."""
 
     def ask_to_stop(self, now: float) -> None:
         """SIGTERM, once: the stage saves a checkpoint and leaves with 75."""
         if self.asked_to_stop_at is None:
             self.asked_to_stop_at = now
-            _signal_group(self.process.pid, signal.SIGTERM)
-
-    def kill(self) -> None:
-        ranks = _descendants(self.process.pid)
-        _signal_group(self.process.pid, signal.SIGKILL)
-        for rank in ranks:
-            with suppress(psutil.Error):
-                rank.kill()
+            self._tell_to_stop()
 
     def exit_code(self) -> int:
-        """What the stage itself said where it could; torchrun says 1 whatever its ranks said."""
-        code = self.process.returncode
-        assert code is not None, "asked after it ended"
-        own = code if code >= 0 else 128 - code
+        """What the stage itself said where it could."""
+        own = self._own_code()
         if own in (0, INTERRUPTED):
             return own
         said = {int(path.read_text()) for path in (self.folder / "exits").iterdir()}
@@ -109,9 +97,12 @@ class StageProcess:
 
     def progress(self) -> Iterator[dict[str, Any]]:
         """The progress lines written since the last call."""
-        with (self.folder / "stderr.log").open("rb") as file:
-            file.seek(self._read_to)
-            text = file.read()
+        try:
+            with (self.folder / "stderr.log").open("rb") as file:
+                file.seek(self._read_to)
+                text = file.read()
+        except FileNotFoundError:  # it has been asked for and not begun
+            return
         whole = text[: text.rfind(b"\n") + 1]
         self._read_to += len(whole)
         for line in whole.splitlines():
@@ -121,14 +112,75 @@ class StageProcess:
 
     def message(self) -> str:
         """The last words on stderr that are no event."""
-        text = (self.folder / "stderr.log").read_bytes()[-20_000:].decode(errors="replace")
+        log = self.folder / "stderr.log"
+        text = log.read_bytes()[-20_000:].decode(errors="replace") if log.exists() else ""
         lines = [line.strip() for line in text.splitlines() if line.strip() and not _json_object(line.encode())]
         said = [line.removeprefix("feddiff: ") for line in lines if line.startswith("feddiff: ")] or lines
         return said[-1][:MESSAGE_LENGTH] if said else ""
 
 
-def attempt_environment(folder: Path) -> dict[str, str]:
-    return {RECEIPT_VARIABLE: str(folder / "receipt.json"), EXITS_VARIABLE: str(folder / "exits")}
+class StartAttempt(Protocol):
+    """Starts an attempt: its key and number, its folder with spec.json, the stage's spec, how many of the engine's
+    slots it takes, threads for each of its processes, and the time."""
+
+    def __call__(
+        self, key: StageKey, attempt: int, folder: Path, spec: AnyStageSpec, slots: int, threads: int, now: float
+    ) -> Attempt: ...
+
+
+@dataclass
+class StageProcess(Attempt):
+    """One on this machine."""
+
+    process: "subprocess.Popen[bytes]"
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        ranks = _descendants(self.process.pid)
+        _signal_group(self.process.pid, signal.SIGKILL)
+        for rank in ranks:
+            with suppress(psutil.Error):
+                rank.kill()
+
+    def _tell_to_stop(self) -> None:
+        _signal_group(self.process.pid, signal.SIGTERM)
+
+    def _own_code(self) -> int:
+        """torchrun says 1 whatever its ranks said."""
+        code = self.process.returncode
+        assert code is not None, "asked after it ended"
+        return code if code >= 0 else 128 - code
+
+
+@dataclass(frozen=True)
+class StartProcess:
+    """A StartAttempt on this machine."""
+
+    command: StageCommand = stage_command
+
+    def __call__(
+        self, key: StageKey, attempt: int, folder: Path, spec: AnyStageSpec, slots: int, threads: int, now: float
+    ) -> Attempt:
+        (folder / "exits").mkdir(exist_ok=True)
+        with (folder / "stderr.log").open("ab") as stderr, (folder / "stdout.log").open("ab") as stdout:
+            process = subprocess.Popen(
+                self.command(spec, folder / "spec.json"),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=os.environ | stage_environment(folder, threads),
+                process_group=0,  # Ctrl-C in the terminal reaches the engine alone, which then asks its stages
+                preexec_fn=_ask_to_stop_when_the_engine_dies,
+            )
+        return StageProcess(key, attempt, folder, slots, now, process)
+
+
+def stage_environment(folder: Path, threads: int) -> dict[str, str]:
+    """What a stage's process is told beside its spec."""
+    places = {RECEIPT_VARIABLE: str(folder / "receipt.json"), EXITS_VARIABLE: str(folder / "exits")}
+    return places | dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
 def stop_orphans(stages: Path, grace_seconds: float, sleep: Callable[[float], None] = time.sleep) -> int:

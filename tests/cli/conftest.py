@@ -8,14 +8,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import yaml
 
 from feddiff.documents import LocalJob, load_job
 from feddiff.engine import Outcome, Setting, run_job
 from feddiff.local_ledger import LedgerState, read_ledger
+from feddiff.processes import StartProcess
 from feddiff.run_folder import RunFolder
 from feddiff_protocol.plan import StageKey, StageObserved, Status
 from feddiff_protocol.stages import AnyStageSpec, Receipt
@@ -73,6 +75,22 @@ class World:
     owners: str = "ab"
     budget: dict[str, str] = field(default_factory=dict)
 
+    smallest: ClassVar[dict[str, Any]] = {  # what the trainer's own stages do in a moment
+        "network": {"baseWidth": 8},
+        "shared": {"images": 512, "batch": 64, "replicas": 1},
+        "personal": {"images": 512, "batch": 64},
+        "sampling": {"imagesPerClass": 4, "steps": 4},
+    }
+
+    def write_records(self) -> None:
+        """What the datasets describe: dark images, of which the second class is bright below."""
+        for seed, owner in enumerate(self.owners):
+            generator, labels_N = np.random.default_rng(seed), np.repeat([0, 1], (30, 40))
+            images_NHW = generator.uniform(0, 0.3, (len(labels_N), 8, 8))
+            images_NHW[labels_N == 1, 4:] += 0.6
+            (self.path / owner).mkdir()
+            np.savez(self.path / owner / "train.npz", images=images_NHW, labels=labels_N)
+
     def stages(self, behaviour: Behaviour | None = None) -> "FakeStages":
         return FakeStages(behaviour or (lambda spec: None))
 
@@ -91,8 +109,9 @@ class World:
 
     def run(self, job: LocalJob, stages: "FakeStages", folder: str = "run", **setting: Any) -> Outcome:
         time = FakeTime()
-        chosen = {"clock": time.clock, "sleep": time.sleep, "num_processes": 4, "grace_seconds": 1000.0} | setting
-        return run_job(job, RunFolder(self.path / folder), Setting(Silent(), stage_command=stages, **chosen))
+        usual = {"clock": time.clock, "sleep": time.sleep, "num_processes": 4, "grace_seconds": 1000.0}
+        start = {"start_attempt": StartProcess(stages)}
+        return run_job(job, RunFolder(self.path / folder), Setting(Silent(), **usual | start | setting))
 
 
 class FakeTime:

@@ -16,6 +16,7 @@ import yaml
 
 from feddiff.documents import load_job
 from feddiff.local_ledger import LocalLedger
+from feddiff.processes import StageProcess, StartProcess
 from feddiff.run_folder import RunFolder
 from feddiff_protocol.errors import Interrupted, PrivacyRefusal, SpecInvalid
 from feddiff_protocol.ledger import Phase
@@ -248,6 +249,38 @@ def test_a_stage_that_runs_too_long_is_stopped_with_a_reason(world: Any, stage: 
     assert "deadlines.stageSeconds = 50" in outcome.message
     assert outcome.status.condition("Failed").reason == "StageDeadlineExceeded"
     assert outcome.exit_code == 69
+
+
+def test_an_attempt_that_waits_for_its_turn_uses_up_none_of_its_time(world: Any) -> None:
+    """As where another scheduler has the last word; it would be late otherwise, see above."""
+
+    class Waits(StageProcess):
+        def begun(self) -> bool:
+            return False
+
+    def start(*asked: Any, **more: Any) -> StageProcess:
+        process = StartProcess(world.stages(lambda spec: f"sleep 0.1; {world.receipt_script(spec)}"))(*asked, **more)
+        process.__class__ = Waits
+        return process
+
+    clock = FastTime()
+    job = world.job(deadlines={"stageSeconds": 50}, backoffLimit=0)
+    outcome = world.run(job, world.stages(), start_attempt=start, clock=clock.clock, sleep=clock.sleep)
+    assert (outcome.exit_code, outcome.message) == (0, "")
+    assert clock.now > 500
+
+
+class FastTime:
+    """A minute goes by at every look."""
+
+    now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 60
+        time.sleep(0.002)
 
 
 def test_a_suspended_job_starts_nothing(world: Any) -> None:

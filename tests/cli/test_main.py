@@ -42,7 +42,9 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, world: Any) -> Any:
 
     stages = world.stages()
     setting = engine.Setting
-    monkeypatch.setattr(engine, "Setting", lambda **given: setting(stage_command=stages, **given))
+    monkeypatch.setattr(
+        engine, "Setting", lambda **given: setting(start_attempt=processes.StartProcess(stages), **given)
+    )
     return stages
 
 
@@ -187,10 +189,10 @@ def test_a_signal_stops_the_run_which_says_how_to_go_on(world: Any, as_json: boo
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from conftest import FakeStages
-from feddiff import engine, main
+from feddiff import engine, main, processes
 setting = engine.Setting
 slow = FakeStages(lambda spec: "echo; touch {world.path}/ready; exec sleep 600")
-engine.Setting = lambda **given: setting(stage_command=slow, **given)
+engine.Setting = lambda **given: setting(start_attempt=processes.StartProcess(slow), **given)
 main.main()
 """
     process = subprocess.Popen(

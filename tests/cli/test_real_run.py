@@ -1,9 +1,6 @@
 """One job with the trainer's own stages, from records to reports: small, but nothing in it is a stand-in."""
 
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from feddiff.engine import Setting, run_job
 from feddiff.run_folder import RunFolder
@@ -11,22 +8,7 @@ from feddiff.views import report_paths
 from feddiff_protocol import layout
 from feddiff_protocol.manifest import Manifest
 
-COUNTS = (30, 40)
-PRIVUNIT = {
-    "privacy": {"mechanism": "privunit", "epsilon": "4", "clipNorm": "4"},
-    "network": {"baseWidth": 8},
-    "shared": {"images": 512, "batch": 64, "replicas": 1},
-    "personal": {"images": 512, "batch": 64},
-    "sampling": {"imagesPerClass": 4, "steps": 4},
-}
-
-
-def write_records(folder: Path, seed: int) -> None:
-    generator, labels_N = np.random.default_rng(seed), np.repeat([0, 1], COUNTS)
-    images_NHW = generator.uniform(0, 0.3, (len(labels_N), 8, 8))
-    images_NHW[labels_N == 1, 4:] += 0.6
-    folder.mkdir()
-    np.savez(folder / "train.npz", images=images_NHW, labels=labels_N)
+PRIVUNIT = {"mechanism": "privunit", "epsilon": "4", "clipNorm": "4"}
 
 
 class Quiet:
@@ -39,8 +21,8 @@ class Quiet:
 def test_a_job_of_pure_epsilon_runs_to_its_reports_and_is_charged_once(world: Any) -> None:
     world.budget["pureEpsilon"] = "6"
     world.owners = "a"  # every stage there is, each in a process of its own; more owners are more of the same
-    write_records(world.path / "a", seed=0)
-    job, folder = world.job("pure", **PRIVUNIT), RunFolder(world.path / "run")
+    world.write_records()
+    job, folder = world.job("pure", privacy=PRIVUNIT, **world.smallest), RunFolder(world.path / "run")
     for _ in range(2):  # the second time there is nothing to do
         outcome = run_job(job, folder, Setting(Quiet(), num_processes=2))
         assert (outcome.exit_code, outcome.message) == (0, "")
@@ -52,4 +34,4 @@ def test_a_job_of_pure_epsilon_runs_to_its_reports_and_is_charged_once(world: An
     assert [str(each.charge.pure_epsilon) for each in state.entries] == ["4"]
     assert (state.spent_epsilon, state.entries[0].delta) == (4, 0)
     manifest = (folder.path / "federation" / layout.manifest(outcome.uid, "a")).read_bytes()
-    assert Manifest.from_bytes(manifest, "manifest").counts == COUNTS
+    assert Manifest.from_bytes(manifest, "manifest").counts == (30, 40)

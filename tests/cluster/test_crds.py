@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from cluster.documents import (
     fuzzed,
     url,
 )
-from cluster.kubernetes import ControlPlane
+from cluster.kubernetes import PROGRAMS, CommandFailed, ControlPlane
 from feddiff_protocol.api import GROUP, parse_document
 from feddiff_protocol.crd import definitions
 
@@ -83,6 +84,23 @@ def test_every_sample_is_taken_as_it_stands(control_plane: ControlPlane, sample:
         creation = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
         control_plane.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(creation))
     control_plane.kubectl("apply", "--warnings-as-errors", "--dry-run=server", "-f", sample)
+
+
+def test_the_sample_of_a_ray_job_fits_kuberays_definition(control_plane: ControlPlane) -> None:
+    """Strictly: a field that the definition does not know is refused."""
+    file, asked = ROOT / "manifests/samples/ray/rayjob.yaml", ("apply", "--dry-run=server", "--validate=strict", "-f")
+    control_plane.kubectl("apply", "--server-side", "-f", PROGRAMS / "rayjobs.yaml")
+    deadline = time.monotonic() + 60
+    while control_plane.request("GET", "/apis/ray.io/v1/rayjobs")[0] != 200:
+        assert time.monotonic() < deadline, "the definition was not established"
+        time.sleep(0.1)
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "research"}}
+    control_plane.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(namespace))
+    control_plane.kubectl(*asked, file)
+    for right, wrong in (("entrypoint:", "entryPoint:"), ('cpu: "8"', "cpu: eight"), ("mountPath:", "path:")):
+        assert right in file.read_text()
+        with pytest.raises(CommandFailed):
+            control_plane.kubectl(*asked, "-", stdin=file.read_text().replace(right, wrong))
 
 
 def test_what_the_server_stores_is_what_a_local_run_reads(control_plane: ControlPlane, namespace: str) -> None:

@@ -30,6 +30,7 @@ LARGEST_FILE_BYTES = 64 << 20  # 512×512×4 values are a megabyte; the rest wou
 BAD_BYTES = (  # what Pillow raises for them
     OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, zlib.error, Image.DecompressionBombError
 )  # fmt: skip
+PNG = b"\x89PNG\r\n\x1a\n"
 START_OF_SCAN, END_OF_JPEG = b"\xff\xda", b"\xff\xd9"  # markers, which cannot stand in a scan's own bytes
 LABELS_HEADER = ["file", "label"]
 
@@ -45,9 +46,7 @@ class ImageFiles:
     def read(self, rows_n: Rows) -> Iterator[Pixels]:
         for row in rows_n:
             path = self.name(row)
-            with readable(path), open(path, "rb") as file:
-                content = file.read(LARGEST_FILE_BYTES + 1)
-            yield decode(content, path, self.shape_CHW, FORMATS[os.path.splitext(path)[1].lower()])
+            yield decode(_content(path), path, self.shape_CHW, FORMATS[os.path.splitext(path)[1].lower()])
 
     def name(self, row: int) -> str:
         return f"{self.root}/{self.files[row]}"
@@ -62,7 +61,7 @@ def files_by_folder(root: Path, num_classes: int, class_names: Sequence[str]) ->
     Class index by `class_names`, a class that has a name but no folder is empty; else by the folders' sorted names.
     Raises DataInvalid for folders that are not the classes, and for anything among the images that is none.
     """
-    found = [entry.name for entry in _entries(root) if entry.is_dir()]
+    found = folder_names(root)
     expected = list(class_names) or found
     if len(expected) != num_classes or not set(found) <= set(expected):
         described = f"folders {', '.join(class_names)}" if class_names else f"{num_classes} folders, one per class"
@@ -95,10 +94,32 @@ def files_by_table(
     return files, np.array([labels[file] for file in files], np.int64)
 
 
+def folder_names(root: Path) -> list[str]:
+    """The folders below `root`, sorted."""
+    return [entry.name for entry in _entries(root) if entry.is_dir()]
+
+
+def label_names(table: Path) -> list[str]:
+    """The labels in a CSV file that are no indices of classes, sorted; none where all are."""
+    found = {label for _, _, label in _rows_of(table)}
+    return [] if all(label.isascii() and label.isdecimal() for label in found) else sorted(found)
+
+
 def _labels_by_file(table: Path, num_classes: int, class_names: Sequence[str]) -> dict[str, int]:
     classes: Mapping[str, int] = {name: k for k, name in enumerate(class_names or map(str, range(num_classes)))}
     known = "a name in classes.names" if class_names else f"0 to {num_classes - 1}"
     labels: dict[str, int] = {}
+    for where, file, label in _rows_of(table):
+        if label not in classes:
+            raise DataInvalid(f"{where}: {file}: expected label {known}, found {label[:80]!r}; correct it")
+        if file in labels:
+            raise DataInvalid(f"{where}: {file}: expected one row for each file, found two; remove one")
+        labels[file] = classes[label]
+    return labels
+
+
+def _rows_of(table: Path) -> Iterator[tuple[str, str, str]]:
+    """Words that name the row, its file and its label."""
     with readable(table), open(table, encoding="utf-8-sig", newline="") as text:
         rows = csv.reader(text, strict=True)
         try:
@@ -110,14 +131,9 @@ def _labels_by_file(table: Path, num_classes: int, class_names: Sequence[str]) -
                 if len(row) != 2:
                     raise DataInvalid(f"{where}: expected a file and a label, found {len(row)} values; correct it")
                 file, label = row
-                if label not in classes:
-                    raise DataInvalid(f"{where}: {file}: expected label {known}, found {label[:80]!r}; correct it")
-                if file in labels:
-                    raise DataInvalid(f"{where}: {file}: expected one row for each file, found two; remove one")
-                labels[file] = classes[label]
+                yield where, file, label
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataInvalid(f"{table}: expected a CSV file in UTF-8, found: {error}; export it again") from None
-    return labels
 
 
 def _image_files(root: Path, folder: str) -> list[str]:
@@ -167,10 +183,7 @@ def decode(content: bytes, where: str, shape_CHW: tuple[int, int, int], expected
     if len(content) > LARGEST_FILE_BYTES:
         raise DataInvalid(f"{where}: expected at most {LARGEST_FILE_BYTES >> 20} MiB, found more; shrink or remove it")
     with _mendable(where, content):
-        with _opened(content) as image:
-            image.verify()  # of PNG, every checksum to the last chunk: decoding stops at the last pixel
-            if image.format == "JPEG" and content.rfind(END_OF_JPEG) < content.rfind(START_OF_SCAN):
-                raise ValueError("no end of the image")
+        _check_to_the_end(content)
         with _opened(content) as image:
             _check_kind(image, where, expected_format)
             _check_shape(image, where, shape_CHW)
@@ -178,6 +191,34 @@ def decode(content: bytes, where: str, shape_CHW: tuple[int, int, int], expected
             _check_upright(image, where)
     channels, height, width = shape_CHW
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def stored_shape(content: bytes, where: str) -> tuple[int, int, int]:
+    """Channels, height and width of an image as its header says. Raises DataInvalid."""
+    with _mendable(where, content), _opened(content) as image:
+        return len(image.getbands()), image.height, image.width
+
+
+def first_shape(root: Path, files: Sequence[str]) -> tuple[int, int, int]:
+    """As `stored_shape`, of the first file. Raises DataInvalid, also where there is none."""
+    if not files:
+        raise DataInvalid(f"{root}: expected at least one image, found none; check the path or the export")
+    path = f"{root}/{files[0]}"
+    return stored_shape(_content(path), path)
+
+
+def _content(path: str) -> bytes:
+    with readable(path), open(path, "rb") as file:
+        return file.read(LARGEST_FILE_BYTES + 1)
+
+
+def _check_to_the_end(content: bytes) -> None:
+    """Decoding stops at the last pixel. Of PNG, every checksum up to the last chunk; of JPEG, its closing marker."""
+    if content.startswith(PNG):
+        with _opened(content) as image:
+            image.verify()
+    elif content.rfind(END_OF_JPEG) < content.rfind(START_OF_SCAN):
+        raise ValueError("no end of the image")
 
 
 def _opened(content: bytes) -> ImageFile.ImageFile:

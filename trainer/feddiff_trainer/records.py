@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from feddiff_protocol.api import ClassesSpec, ImageSpec, SourceSpec
 from feddiff_protocol.errors import DataInvalid
 
-from .image_files import ImageFiles, files_by_folder, files_by_table
+from .image_files import ImageFiles, files_by_folder, files_by_table, first_shape, folder_names, label_names
 from .stored import StoredImages, Told, digest_header, readable, unheard
 
 ROWS = 1024  # records at a time in passes over all of them
+MOST_CLASSES = 1000  # that a dataset may declare
 Shape = tuple[int, int, int]
 
 
@@ -118,14 +119,8 @@ def _opened(
     labels: NDArray[Any]
     if source_format == "folder":
         images, labels = _open_folder(path, labels_path, shape_CHW, num_classes, class_names)
-    elif source_format == "npz":
-        images, labels = _read_npz(path)
-    elif source_format == "idx":
-        if labels_path is None:
-            raise DataInvalid("labelsPath: expected the file of labels beside format idx, found none; add it")
-        images, labels = _read_idx(path), _read_idx(labels_path)
     else:
-        raise DataInvalid(f"source.format: expected idx, npz or folder, found {source_format!r}; change it")
+        images, labels = _read_arrays(source_format, path, labels_path)
     labels_N = _checked_labels(labels, num_classes, labels_path or path)
     pixels_NCHW = images if isinstance(images, StoredImages) else _checked_images(images, shape_CHW, path)
     if len(pixels_NCHW) != len(labels_N):
@@ -136,16 +131,31 @@ def _opened(
     return Records(pixels_NCHW, labels_N)
 
 
+def _read_arrays(source_format: str, path: Path, labels_path: Path | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    if source_format == "npz":
+        return _read_npz(path)
+    if source_format != "idx":
+        raise DataInvalid(f"source.format: expected idx, npz or folder, found {source_format!r}; change it")
+    if labels_path is None:
+        raise DataInvalid("labelsPath: expected the file of labels beside format idx, found none; add it")
+    return _read_idx(path), _read_idx(labels_path)
+
+
 def _open_folder(
     path: Path, labels_path: Path | None, shape_CHW: Shape, num_classes: int, class_names: Sequence[str]
 ) -> tuple[StoredImages, NDArray[np.int64]]:
-    with readable(path):
-        root = path.resolve(strict=True)
+    root = _resolved(path)
     if labels_path is None:
         files, labels_N = files_by_folder(root, num_classes, class_names)
     else:
         files, labels_N = files_by_table(root, labels_path.resolve(), num_classes, class_names)
     return StoredImages(ImageFiles(root, files, shape_CHW), (len(files), *shape_CHW)), labels_N
+
+
+def _resolved(path: Path) -> Path:
+    """The folder itself may stand behind a link; nothing in it may."""
+    with readable(path):
+        return path.resolve(strict=True)
 
 
 def _read_through(records: Records, told: Told = unheard) -> None:
@@ -154,6 +164,42 @@ def _read_through(records: Records, told: Told = unheard) -> None:
         records.pixels_NCHW.read_through(told)
     else:
         told(len(records))
+
+
+def described(source_format: str, path: Path, labels_path: Path | None) -> tuple[Shape, int, tuple[str, ...]]:
+    """Channels, height and width of the images, the number of classes, and their names where they have any: as the
+    records show them, for data that nobody has described. Raises InputMissing, DataInvalid."""
+    if source_format == "folder":
+        return _described_folder(path, labels_path)
+    images, labels = _read_arrays(source_format, path, labels_path)
+    labels_N = _checked_labels(labels, MOST_CLASSES, labels_path or path)
+    return _shape_of(images, path), int(labels_N.max()) + 1, ()
+
+
+def _described_folder(path: Path, labels_path: Path | None) -> tuple[Shape, int, tuple[str, ...]]:
+    root = _resolved(path)
+    if labels_path is None:
+        names = folder_names(root)
+        if not names:
+            raise DataInvalid(
+                f"{root}: expected one folder per class, found none; name a table of labels, or make them"
+            )
+        files, _ = files_by_folder(root, len(names), names)
+        return first_shape(root, files), len(names), tuple(names)
+    names = label_names(labels_path)
+    files, labels_N = files_by_table(root, labels_path.resolve(), len(names) or MOST_CLASSES, names)
+    return first_shape(root, files), len(names) or int(labels_N.max()) + 1, tuple(names)
+
+
+def _shape_of(images: NDArray[Any], path: Path) -> Shape:
+    """Grey or colour, channels first or last, whichever it can be."""
+    match images.shape:
+        case (_, height, width) | (_, 1, height, width) | (_, height, width, 1):
+            return 1, height, width
+        case (_, 3, height, width) | (_, height, width, 3):
+            return 3, height, width
+    found = "×".join(map(str, images.shape))
+    raise DataInvalid(f"{path}: expected images as N×H×W, N×C×H×W or N×H×W×C, C 1 or 3, found {found}; reshape them")
 
 
 def check_declared(records: Records, declared_counts: Sequence[int]) -> None:

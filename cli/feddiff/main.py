@@ -134,7 +134,8 @@ def init(
 @app.command(short_help="Divide one data set among clients, to study heterogeneity.")
 def split(
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="A folder of images, a .npz file, or MNIST's images with --labels.")
+        Path,
+        typer.Argument(metavar="DATA", help="A folder, a .npz or .parquet file, or MNIST's images with --labels."),
     ],
     clients: Annotated[int, typer.Option(help="How many clients.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write; new or empty.")],

@@ -98,15 +98,17 @@ def split_data(
 
 
 def format_of(data: Path, labels: Path | None) -> SourceFormat:
-    """By what is there: a folder, a .npz file, or any other file with one of labels beside it."""
+    """By what is there: a folder, a .npz or .parquet file, or any other file with one of labels beside it."""
+    if data.suffix == ".parquet" or (data.is_dir() and any(data.glob("*.parquet"))):
+        return SourceFormat.PARQUET
     if data.is_dir():
         return SourceFormat.FOLDER
     if data.suffix == ".npz":
         return SourceFormat.NPZ
     if labels is None:
         raise UsageInvalid(
-            f"{data}: expected a folder of images, a .npz file, or MNIST's images with --labels, found none of them;"
-            " name one"
+            f"{data}: expected a folder of images, a .npz or .parquet file, or MNIST's images with --labels, found none"
+            " of them; name one"
         )
     return SourceFormat.IDX
 

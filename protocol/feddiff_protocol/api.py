@@ -161,6 +161,7 @@ class SourceFormat(StrEnum):
     IDX = "idx"
     NPZ = "npz"
     FOLDER = "folder"
+    PARQUET = "parquet"
 
 
 class SourceSpec(Wire):
@@ -180,9 +181,12 @@ class SourceSpec(Wire):
 
     format: SourceFormat = Field(
         description="idx: MNIST's files of images and labels; npz: one file of numpy with the arrays images and labels;"
-        " folder: PNG and JPEG files, in one folder for each class or with a table of labels"
+        " folder: PNG and JPEG files, in one folder for each class or with a table of labels; parquet: a file, or a"
+        " folder of files, with the columns image (PNG or JPEG) and label, which needs feddiff[parquet]"
     )
-    path: Text = Field(description="the images: a file, or with format folder the folder that holds all of them")
+    path: Text = Field(
+        description="the images: a file, or with format folder or parquet the folder that holds all of them"
+    )
     labels_path: Text | None = Field(
         None,
         description="idx: the file of labels, needed there; folder: a CSV file with the columns file (relative to path)"

@@ -59,7 +59,7 @@ def test_the_datasets_declare_what_their_files_hold(feddiff: Any, tmp_path: Path
     ("arguments", "code", "message"),
     [
         (("all.npz", "--clients", 1, "--out", "new"), 64, "--clients: expected 2 to 1000, found 1"),
-        (("all.bin", "--clients", 2, "--out", "new"), 64, "expected a folder of images, a .npz file, or MNIST's"),
+        (("all.bin", "--clients", 2, "--out", "new"), 64, "expected a folder of images, a .npz or .parquet file"),
         (("all.npz", "--clients", 2, "--out", "."), 73, "expected a new or an empty folder"),
         (("gone.npz", "--clients", 2, "--out", "new"), 66, "gone.npz: expected a readable source"),
         (("all.npz", "--clients", 2, "--out", "new", "--dirichlet", "x"), 65, "dirichlet: expected a decimal number"),

@@ -315,7 +315,7 @@ def test_damaged_bytes_never_end_in_a_traceback(tmp_path_factory: pytest.TempPat
 
 
 def test_an_unknown_format_and_idx_without_labels_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataInvalid, match="expected idx, npz or folder, found 'tar'"):
+    with pytest.raises(DataInvalid, match="expected idx, npz, folder or parquet, found 'tar'"):
         read("tar", tmp_path)
     with pytest.raises(DataInvalid, match="labelsPath"):
         read("idx", write_idx(tmp_path)[0])

@@ -23,6 +23,7 @@ from feddiff_protocol.api import ClassesSpec, ImageSpec, SourceSpec
 from feddiff_protocol.errors import DataInvalid
 
 from .image_files import ImageFiles, files_by_folder, files_by_table, first_shape, folder_names, label_names
+from .parquet_files import ParquetImages, open_parquet, parquet_shape
 from .stored import StoredImages, Told, digest_header, readable, unheard
 
 ROWS = 1024  # records at a time in passes over all of them
@@ -72,7 +73,8 @@ def read_records(
 
     source_format: `idx` (MNIST's, .gz or not, with a file of labels), `npz` (arrays images: N×H×W, N×C×H×W or N×H×W×C,
     uint8 or floats in [0, 1]; and labels) or `folder` (PNG and JPEG files: one folder of them per class, class index by
-    `class_names`, else by sorted name; or, with a table of labels, any folders). Raises InputMissing, DataInvalid.
+    `class_names`, else by sorted name; or, with a table of labels, any folders) or `parquet` (a column image of such
+    files, a column label). Raises InputMissing, DataInvalid.
     """
     records = _opened(source_format, path, labels_path, (channels, height, width), num_classes, class_names)
     _read_through(records)
@@ -119,6 +121,9 @@ def _opened(
     labels: NDArray[Any]
     if source_format == "folder":
         images, labels = _open_folder(path, labels_path, shape_CHW, num_classes, class_names)
+    elif source_format == "parquet":
+        files, ends_F, labels = open_parquet(path)
+        images = StoredImages(ParquetImages(files, ends_F, shape_CHW), (len(labels), *shape_CHW))
     else:
         images, labels = _read_arrays(source_format, path, labels_path)
     labels_N = _checked_labels(labels, num_classes, labels_path or path)
@@ -135,7 +140,7 @@ def _read_arrays(source_format: str, path: Path, labels_path: Path | None) -> tu
     if source_format == "npz":
         return _read_npz(path)
     if source_format != "idx":
-        raise DataInvalid(f"source.format: expected idx, npz or folder, found {source_format!r}; change it")
+        raise DataInvalid(f"source.format: expected idx, npz, folder or parquet, found {source_format!r}; change it")
     if labels_path is None:
         raise DataInvalid("labelsPath: expected the file of labels beside format idx, found none; add it")
     return _read_idx(path), _read_idx(labels_path)
@@ -171,6 +176,10 @@ def described(source_format: str, path: Path, labels_path: Path | None) -> tuple
     records show them, for data that nobody has described. Raises InputMissing, DataInvalid."""
     if source_format == "folder":
         return _described_folder(path, labels_path)
+    if source_format == "parquet":
+        parquet_files, _, labels = open_parquet(path)
+        labels_N = _checked_labels(labels, MOST_CLASSES, path)
+        return parquet_shape(parquet_files), int(labels_N.max()) + 1, ()
     images, labels = _read_arrays(source_format, path, labels_path)
     labels_N = _checked_labels(labels, MOST_CLASSES, labels_path or path)
     return _shape_of(images, path), int(labels_N.max()) + 1, ()

@@ -71,6 +71,8 @@ def test_images_may_be_bare_bytes_and_what_they_are_is_seen(tmp_path: Path) -> N
     path = write(tmp_path / "all.parquet", pa.table({"image": bare, "label": pa.array(LABELS, pa.uint8())}))
     assert digest_records(read(path)) == digest_records(in_memory())
     assert described("parquet", path, None) == (SHAPE, 3, ())
+    write(tmp_path / "0.parquet", table(slice(0, 0)))
+    assert described("parquet", tmp_path, None) == (SHAPE, 3, ())
 
 
 ODD: dict[str, tuple[Callable[[], pa.Table], str]] = {

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from feddiff_protocol.errors import DataInvalid, UsageInvalid
+from feddiff_protocol.errors import DataInvalid, OutputFailed, UsageInvalid
 from feddiff_trainer import split as module
 from feddiff_trainer.records import read_records
 from feddiff_trainer.split import SplitSpec, divide, majority_classes, split
@@ -200,6 +200,12 @@ def test_a_mistake_is_one_line_and_its_code(
     monkeypatch.setattr(sys, "argv", ["split", str(tmp_path / "spec.json")])
     assert module.main() == 64
     assert capsys.readouterr().err == "feddiff: --majority: expected at most the number of classes, 3, found 4\n"
+
+
+def test_a_place_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputFailed, match=r"file/out: cannot be written: Not a directory"):
+        split(spec(2, write_npz(tmp_path), output=str(tmp_path / "file/out")))
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------

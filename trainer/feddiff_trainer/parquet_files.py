@@ -65,9 +65,10 @@ def open_parquet(path: Path) -> tuple[list[Path], NDArray[np.int64], NDArray[Any
     return files, np.cumsum([len(of_file) for of_file in labels]), np.concatenate(labels)
 
 
-def parquet_shape(files: Sequence[Path]) -> tuple[int, int, int]:
+def parquet_shape(files: Sequence[Path], ends_F: Rows) -> tuple[int, int, int]:
     """Channels, height and width of the first image as its header says. Raises DataInvalid."""
-    return stored_shape(next(_contents(files[0], np.array([0]))), f"{files[0]}: row 0")
+    file = files[int(np.searchsorted(ends_F, 0, side="right"))]
+    return stored_shape(next(_contents(file, np.array([0]))), f"{file}: row 0")
 
 
 def _files(path: Path) -> list[Path]:

@@ -177,9 +177,9 @@ def described(source_format: str, path: Path, labels_path: Path | None) -> tuple
     if source_format == "folder":
         return _described_folder(path, labels_path)
     if source_format == "parquet":
-        parquet_files, _, labels = open_parquet(path)
+        files, ends_F, labels = open_parquet(path)
         labels_N = _checked_labels(labels, MOST_CLASSES, path)
-        return parquet_shape(parquet_files), int(labels_N.max()) + 1, ()
+        return parquet_shape(files, ends_F), int(labels_N.max()) + 1, ()
     images, labels = _read_arrays(source_format, path, labels_path)
     labels_N = _checked_labels(labels, MOST_CLASSES, labels_path or path)
     return _shape_of(images, path), int(labels_N.max()) + 1, ()

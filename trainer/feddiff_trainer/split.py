@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from feddiff_protocol.api import WHOLE, Positive, ShareOrNothing, SourceSpec, Wire, parse
-from feddiff_protocol.errors import FeddiffError, InputMissing, UsageInvalid
+from feddiff_protocol.errors import FeddiffError, InputMissing, OutputFailed, UsageInvalid
 
 from .records import Records, described, read_records
 from .split_page import split_page
@@ -114,7 +114,7 @@ def _ends(num_rows: int, num_members: int, spec: SplitSpec, generator: np.random
 def split(spec: SplitSpec) -> dict[str, Any]:
     """What every dataset declares; OUTPUT/<client>/train.npz, holdout.npz and split.html are written.
 
-    Raises DataInvalid, InputMissing for the records, UsageInvalid for a split that they do not allow.
+    Raises DataInvalid, InputMissing for the records, UsageInvalid for a split that they do not allow, OutputFailed.
     """
     path = Path(spec.source.path)
     labels_path = Path(spec.source.labels_path) if spec.source.labels_path else None
@@ -132,21 +132,29 @@ def split(spec: SplitSpec) -> dict[str, Any]:
         class_names=names,
     )
     divided = divide(records.labels_N, num_classes, spec)
-    output = Path(spec.output)
-    counts = []
-    for client, rows in zip(spec.clients, divided.clients, strict=True):
-        (output / client).mkdir(parents=True)
-        _write(output / client / "train.npz", records, rows)
-        counts.append(np.bincount(records.labels_N[rows], minlength=num_classes).tolist())
-    if len(divided.holdout):
-        _write(output / "holdout.npz", records, divided.holdout)
-    (output / "split.html").write_bytes(split_page(spec.clients, names, counts, len(divided.holdout), len(records)))
+    counts = [np.bincount(records.labels_N[rows], minlength=num_classes).tolist() for rows in divided.clients]
+    page = split_page(spec.clients, names, counts, len(divided.holdout), len(records))
+    _write_all(Path(spec.output), spec.clients, records, divided, page)
     return {
         "image": {"channels": channels, "height": height, "width": width},
         "classes": {"count": num_classes, "names": list(names)},
         "records": dict(zip(spec.clients, counts, strict=True)),
         "holdout": len(divided.holdout),
     }
+
+
+def _write_all(output: Path, clients: Sequence[str], records: Records, divided: Split, page: bytes) -> None:
+    try:
+        for client, rows in zip(clients, divided.clients, strict=True):
+            (output / client).mkdir(parents=True)
+            _write(output / client / "train.npz", records, rows)
+        if len(divided.holdout):
+            _write(output / "holdout.npz", records, divided.holdout)
+        (output / "split.html").write_bytes(page)
+    except OSError as error:
+        raise OutputFailed(
+            f"{output}: cannot be written: {error.strerror or error}; make room, or name another"
+        ) from None
 
 
 def _write(path: Path, records: Records, rows: Rows) -> None:

@@ -138,6 +138,58 @@ def init(
     say_next(f"put the records in place, then: feddiff check {quoted(folder / 'job.yaml')}")
 
 
+@app.command(short_help="Divide one data set among clients, to study heterogeneity.")
+def split(
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DATA", help="A folder, a .npz or .parquet file, or MNIST's images with --labels."),
+    ],
+    clients: Annotated[int, typer.Option(help="How many clients.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write; new or empty.")],
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The labels: a CSV file for a folder, else MNIST's.")
+    ] = None,
+    majority: Annotated[
+        int | None, typer.Option(min=1, help="Classes of which a client has many records; all unless given.")
+    ] = None,
+    minority_records: Annotated[
+        int, typer.Option(min=0, help="Records of every class that each client has at least.")
+    ] = 0,
+    dirichlet: Annotated[
+        str | None, typer.Option(metavar="ALPHA", help="Draw the shares of a class by Dir(ALPHA); equal unless given.")
+    ] = None,
+    holdout: Annotated[str, typer.Option(metavar="SHARE", help="Share of each class held out for all.")] = "0.1",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same files.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Divide one labelled data set among clients: records, datasets, a job, and a page that shows who holds what.
+
+    Each client gets --minority-records of every class; what is left of a class goes to the clients for which it is one
+    of --majority classes, dealt in turn.
+    """
+    from .split import JOB, OWNERS, PAGE, split_data
+
+    answer = split_data(
+        data,
+        out,
+        num_clients=clients,
+        labels=labels,
+        majority=majority,
+        minority_records=minority_records,
+        dirichlet=dirichlet,
+        holdout=holdout,
+        seed=seed,
+    )
+    if as_json:
+        print_json(answer)
+        return
+    sizes = [sum(of_client) for of_client in answer["records"].values()]
+    print(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} records, {answer['holdout']} held out for all")
+    for name in (OWNERS, JOB, PAGE):
+        print(f"wrote {out / name}")
+    say_next(f"feddiff plan {quoted(out / OWNERS)} {quoted(out / JOB)}")
+
+
 @app.command(short_help="For a data owner: hold the records against their description.")
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML with datasets, and the job to try if any.")],

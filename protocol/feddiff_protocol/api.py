@@ -161,32 +161,45 @@ class SourceFormat(StrEnum):
     IDX = "idx"
     NPZ = "npz"
     FOLDER = "folder"
+    PARQUET = "parquet"
 
 
 class SourceSpec(Wire):
     """Where the owner's records are. Paths are relative to the volume, or to the YAML file in a local run."""
 
     model_config = _rules(
-        ("(self.format == 'idx') == has(self.labelsPath)", "labelsPath goes with format idx, alone"),
-        ("self.format == 'idx' || !has(self.holdoutLabelsPath)", "holdoutLabelsPath goes with format idx, alone"),
+        ("self.format != 'idx' || has(self.labelsPath)", "format idx needs labelsPath"),
         (
-            "self.format != 'idx' || !has(self.holdoutPath) || has(self.holdoutLabelsPath)",
-            "format idx needs holdoutLabelsPath beside holdoutPath",
+            "self.format in ['idx', 'folder'] || !(has(self.labelsPath) || has(self.holdoutLabelsPath))",
+            "labelsPath and holdoutLabelsPath go with format idx or folder",
+        ),
+        (
+            "!has(self.holdoutPath) || has(self.holdoutLabelsPath) == has(self.labelsPath)",
+            "holdoutLabelsPath goes with holdoutPath where labelsPath goes with path",
         ),
     )
 
     format: SourceFormat = Field(
         description="idx: MNIST's files of images and labels; npz: one file of numpy with the arrays images and labels;"
-        " folder: one folder of PNG and JPEG files for each class"
+        " folder: PNG and JPEG files, in one folder for each class or with a table of labels; parquet: a file, or a"
+        " folder of files, with the columns image (PNG or JPEG) and label, which needs feddiff[parquet]"
     )
-    path: Text = Field(description="the images: a file, or with format folder the folder of the classes")
-    labels_path: Text | None = Field(None, description="idx only: the file of labels; needed there")
+    path: Text = Field(
+        description="the images: a file, or with format folder or parquet the folder that holds all of them"
+    )
+    labels_path: Text | None = Field(
+        None,
+        description="idx: the file of labels, needed there; folder: a CSV file with the columns file (relative to path)"
+        " and label (a name in classes.names, or without names the class's index), in place of one folder per class",
+    )
     holdout_path: Text | None = Field(
         None,
         description="records kept out of training and out of every release, for evaluation; in the same format as path;"
         " without them quality is not measured",
     )
-    holdout_labels_path: Text | None = Field(None, description="idx only: the labels of the records at holdoutPath")
+    holdout_labels_path: Text | None = Field(
+        None, description="the labels of the records at holdoutPath, where those at path have labelsPath"
+    )
     volume_claim: Name | None = Field(
         None,
         description="PersistentVolumeClaim in the dataset's namespace that holds the records, mounted read-only; a"
@@ -194,14 +207,17 @@ class SourceSpec(Wire):
     )
 
     @model_validator(mode="after")
-    def _labels_belong_to_idx(self) -> "SourceSpec":
-        idx = self.format is SourceFormat.IDX
-        if idx and self.labels_path is None:
+    def _labels_belong_to_the_format(self) -> "SourceSpec":
+        labels, holdout_labels = self.labels_path is not None, self.holdout_labels_path is not None
+        if self.format is SourceFormat.IDX and not labels:
             raise ValueError("labelsPath: format idx keeps labels in a file of their own, none was named; add it")
-        if idx and self.holdout_path is not None and self.holdout_labels_path is None:
-            raise ValueError("holdoutLabelsPath: format idx needs the hold-out's labels file, none was named; add it")
-        if not idx and (self.labels_path is not None or self.holdout_labels_path is not None):
-            raise ValueError(f"labelsPath: only format idx has one, found format {self.format.value}; remove it")
+        if self.format not in (SourceFormat.IDX, SourceFormat.FOLDER) and (labels or holdout_labels):
+            raise ValueError(
+                f"labelsPath: belongs to format idx or folder, found format {self.format.value}; remove it"
+            )
+        if self.holdout_path is not None and labels != holdout_labels:
+            found = "a file of labels for path alone" if labels else "one for holdoutPath alone"
+            raise ValueError(f"holdoutLabelsPath: expected labels for both or neither, found {found}; correct it")
         return self
 
 

@@ -113,7 +113,14 @@ def test_valid_documents_keep_every_number() -> None:
         (DATASET, "spec.classes.records", [30], "records: expected one number for each of 2 classes, found 1"),
         (DATASET, "spec.classes.names", ["x"], "names: expected one for each of 2 classes"),
         (DATASET, "spec.budget.pureEpsilon", "21", "pureEpsilon: expected at most epsilon = 20, found 21"),
-        (DATASET, "spec.source.labelsPath", "labels", "labelsPath: only format idx has one"),
+        (DATASET, "spec.source.labelsPath", "labels", "labelsPath: belongs to format idx or folder, found format npz"),
+        (DATASET, "spec.source.holdoutLabelsPath", "labels", "labelsPath: belongs to format idx or folder"),
+        (
+            DATASET,
+            "spec.source",
+            {"format": "folder", "path": "a", "labelsPath": "b", "holdoutPath": "c"},
+            "holdoutLabelsPath: expected labels for both or neither, found a file of labels for path alone",
+        ),
         (DATASET, "spec.source.format", "idx", "labelsPath: format idx keeps labels"),
     ],
 )

@@ -97,7 +97,7 @@ def test_channels_come_first_whatever_their_place_in_the_file(tmp_path: Path) ->
         read("folder", write_folder(tmp_path / "rgb", last), channels=3),
     ]
     for records in all_records:
-        np.testing.assert_array_equal(records.pixels_NCHW, first)
+        np.testing.assert_array_equal(records.pixels_NCHW[:], first)
         np.testing.assert_array_equal(records[:], first.reshape(6, -1) / 255)
 
 
@@ -106,17 +106,6 @@ def test_rows_come_in_the_order_asked_for_as_a_fresh_array() -> None:
     rows_ND = records[np.array([2, 0])]
     assert rows_ND.tolist() == [[1.0], [0.0]]
     assert not np.shares_memory(rows_ND, records.pixels_NCHW)
-
-
-def test_jpeg_is_read_too(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    Image.fromarray(IMAGES[0]).save(tmp_path / "class-0" / "z.JPG", "JPEG")
-    assert len(read("folder", tmp_path)) == 7
-
-
-def test_class_names_set_the_order_of_the_classes(tmp_path: Path) -> None:
-    records = read("folder", write_folder(tmp_path), class_names=("class-2", "class-0", "class-1"))
-    np.testing.assert_array_equal(records[:2], IMAGES[4:].reshape(2, -1) / 255)
 
 
 def test_source_and_holdout_of_a_dataset_are_read_by_its_own_words(tmp_path: Path) -> None:
@@ -202,19 +191,11 @@ def test_an_unreadable_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    for name in ("open", "read_bytes", "iterdir"):
+    for name in ("open", "read_bytes"):
         monkeypatch.setattr(Path, name, denied)
+    monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(InputMissing, match="Permission denied; check path and permissions"):
         read(source_format, path, labels if source_format == "idx" else None)
-
-
-def test_an_unreadable_image_is_missing_rather_than_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*_: object, **__: object) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(Image, "open", failing)
-    with pytest.raises(InputMissing, match=r"0\.png: .*Input/output error"):
-        read("folder", write_folder(tmp_path))
 
 
 BAD_IDX = {
@@ -333,124 +314,8 @@ def test_damaged_bytes_never_end_in_a_traceback(tmp_path_factory: pytest.TempPat
         assert records[:].shape == (6, HEIGHT * WIDTH)
 
 
-PICTURES: dict[str, tuple[Callable[[], Image.Image], str]] = {
-    "16 bits": (lambda: Image.fromarray(IMAGES[0].astype(np.uint16)), "mode I;16"),
-    "palette": (lambda: Image.fromarray(IMAGES[0]).convert("P"), "found mode P"),
-    "alpha": (lambda: Image.fromarray(IMAGES[0]).convert("LA"), "found mode LA"),
-    "black and white": (lambda: Image.fromarray(IMAGES[0]).convert("1"), "found mode 1"),
-    "colour": (lambda: Image.fromarray(IMAGES[0]).convert("RGB"), "expected mode L, .* found mode RGB"),
-    "other size": (lambda: Image.fromarray(IMAGES[0].T), "5 wide and 4 high, found mode L, 4 wide and 5 high"),
-}
-
-
-@pytest.mark.parametrize("case", PICTURES)
-def test_a_picture_of_another_kind_is_named_and_refused(tmp_path: Path, case: str) -> None:
-    make, message = PICTURES[case]
-    make().save(write_folder(tmp_path) / "class-1" / "odd.png")
-    with pytest.raises(DataInvalid, match=rf"odd\.png: .*{message}"):
-        read("folder", tmp_path)
-
-
-def png_of_16_bit_colour() -> bytes:
-    """Pillow can read such a file (as 8 bits, without a word) but not write one."""
-    import struct
-    import zlib
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0)
-    rows = zlib.compress(b"".join(b"\0" + bytes(6 * WIDTH) for _ in range(HEIGHT)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def test_colour_of_16_bits_is_not_cut_to_8_in_silence(tmp_path: Path) -> None:
-    write_folder(tmp_path, np.repeat(IMAGES[..., None], 3, axis=-1))
-    (tmp_path / "class-1" / "odd.png").write_bytes(png_of_16_bit_colour())
-    with pytest.raises(DataInvalid, match=r"odd\.png: .*found mode RGB from RGB;16B"):
-        read("folder", tmp_path, channels=3)
-
-
-def test_a_transparent_colour_is_not_dropped_in_silence(tmp_path: Path) -> None:
-    Image.fromarray(IMAGES[0]).save(write_folder(tmp_path) / "class-1" / "odd.png", transparency=0)
-    with pytest.raises(DataInvalid, match=r"odd\.png: .*with transparency"):
-        read("folder", tmp_path)
-
-
-def test_a_corrupt_picture_is_named(tmp_path: Path) -> None:
-    file = write_folder(tmp_path) / "class-1" / "2.png"
-    file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(DataInvalid, match=r"2\.png: expected an intact PNG or JPEG"):
-        read("folder", tmp_path)
-
-
-@pytest.mark.parametrize("limit", [HEIGHT * WIDTH // 3, HEIGHT * WIDTH - 1], ids=["error", "warning"])
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    write_folder(tmp_path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(DataInvalid, match="decompression bomb"):
-        read("folder", tmp_path)
-
-
-def test_a_symbolic_link_is_refused_wherever_it_leads(tmp_path: Path) -> None:
-    root = write_folder(tmp_path / "root")
-    Image.fromarray(IMAGES[0]).save(tmp_path / "outside.png")
-    for place, target in (
-        (root / "class-1" / "out.png", tmp_path / "outside.png"),
-        (root / "class-1" / "twice.png", root / "class-1" / "2.png"),
-        (root / "class-3", tmp_path),
-    ):
-        place.symlink_to(target)
-        with pytest.raises(DataInvalid, match=rf"{place.name}: .*symbolic link"):
-            read("folder", root)
-        place.unlink()
-    assert len(read("folder", root)) == 6
-
-
-def test_the_dataset_itself_may_stand_behind_a_link(tmp_path: Path) -> None:
-    write_folder(tmp_path / "root")
-    (tmp_path / "link").symlink_to(tmp_path / "root")
-    assert len(read("folder", tmp_path / "link")) == 6
-
-
-def test_other_files_among_the_pictures_are_refused_and_hidden_ones_are_not_records(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    (tmp_path / "class-1" / ".DS_Store").write_text("x")
-    assert len(read("folder", tmp_path)) == 6
-    (tmp_path / "class-1" / "notes.txt").write_text("x")
-    with pytest.raises(DataInvalid, match=r"notes\.txt: expected only PNG and JPEG"):
-        read("folder", tmp_path)
-
-
-def test_folders_and_classes_must_match(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    with pytest.raises(DataInvalid, match="expected folders a, b, c, found class-0, class-1, class-2"):
-        read("folder", tmp_path, class_names=("a", "b", "c"))
-    (tmp_path / "class-3").mkdir()
-    with pytest.raises(DataInvalid, match="expected 3 folders, one per class, found class-0"):
-        read("folder", tmp_path)
-
-
-def test_a_named_class_without_a_folder_is_empty_and_fails_its_declaration(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    for file in (tmp_path / "class-1").iterdir():
-        file.unlink()
-    (tmp_path / "class-1").rmdir()
-    records = read("folder", tmp_path, class_names=("class-0", "class-1", "class-2"))
-    check_declared(records, (2, 0, 2))
-    with pytest.raises(DataInvalid, match="expected 2 records of class 1 as declared, found 0"):
-        check_declared(records, (2, 2, 2))
-
-
-def test_folders_without_pictures_are_no_records(tmp_path: Path) -> None:
-    for k in range(NUM_CLASSES):
-        (tmp_path / str(k)).mkdir()
-    with pytest.raises(DataInvalid, match="at least one record, found none"):
-        read("folder", tmp_path)
-
-
 def test_an_unknown_format_and_idx_without_labels_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataInvalid, match="expected idx, npz or folder, found 'tar'"):
+    with pytest.raises(DataInvalid, match="expected idx, npz, folder or parquet, found 'tar'"):
         read("tar", tmp_path)
     with pytest.raises(DataInvalid, match="labelsPath"):
         read("idx", write_idx(tmp_path)[0])

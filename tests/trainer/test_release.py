@@ -14,12 +14,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import ClassesSpec, DiffusionSpec, ImageSpec, Mechanism, PrivacySpec, SourceSpec
@@ -36,7 +38,7 @@ from feddiff_protocol.errors import (
 from feddiff_protocol.manifest import Manifest, Seal
 from feddiff_protocol.stages import JobReference, Receipt, ReleaseSpec
 from feddiff_trainer import release as stage
-from feddiff_trainer import shards, stores
+from feddiff_trainer import shards, stored, stores
 from feddiff_trainer.noise import os_entropy_normals
 from feddiff_trainer.privunit import STEP
 from feddiff_trainer.release import release
@@ -774,6 +776,11 @@ def start(spec: ReleaseSpec, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+def messages(process: subprocess.CompletedProcess[str]) -> list[str]:
+    """Lines on stderr apart from events."""
+    return [line for line in process.stderr.splitlines() if not line.startswith("{")]
+
+
 def test_stage_as_a_process_releases_once_and_refuses_changed_records(records: Path, tmp_path: Path) -> None:
     spec = spec_of(records, owner_store=f"file://{tmp_path}/owner", federation_store=f"file://{tmp_path}/federation")
     first, again = start(spec, tmp_path), start(spec, tmp_path)
@@ -782,14 +789,15 @@ def test_stage_as_a_process_releases_once_and_refuses_changed_records(records: P
     assert (tmp_path / "receipt.json").read_text() == again.stdout.splitlines()[-1]
     manifest = (tmp_path / "federation" / MANIFEST).read_bytes()
     assert receipt.outputs == repeated.outputs == {"manifest": Manifest.from_bytes(manifest, "manifest").sha256}
-    assert [json.loads(line)["event"] for line in first.stderr.splitlines()] == ["progress"]
+    told = [json.loads(line) for line in first.stderr.splitlines()]
+    assert {line["event"] for line in told} == {"progress"} and told[-1]["done"] == told[-1]["total"] == sum(COUNTS)
 
     write_records(records, images=np.zeros((12, 4, 4)))
     changed = start(spec, tmp_path)
     assert changed.returncode == 77
     assert changed.stdout == ""
-    assert changed.stderr.startswith("feddiff: release ")
-    assert changed.stderr.count("\n") == 1
+    (message,) = messages(changed)
+    assert message.startswith("feddiff: release ")
     assert (tmp_path / "federation" / MANIFEST).read_bytes() == manifest
 
 
@@ -798,8 +806,93 @@ def test_stage_as_a_process_refuses_bad_records_in_one_line(records: Path, tmp_p
     spec = spec_of(records, owner_store=f"file://{tmp_path}/owner", federation_store=f"file://{tmp_path}/federation")
     process = start(spec, tmp_path)
     assert (process.returncode, process.stdout) == (65, "")
-    assert process.stderr.count("\n") == 1
+    assert len(messages(process)) == 1
     assert not (tmp_path / "federation").exists()
+
+
+# ---- Images that stay in their files -------------------------------------------------------------------------
+
+
+def write_pictures(folder: Path) -> tuple[Path, Path]:
+    """The same images as files, one folder per class, and as arrays."""
+    pixels = np.random.default_rng(0).integers(0, 256, (sum(COUNTS), 4, 4), dtype=np.uint8)
+    for row, (image, label) in enumerate(zip(pixels, np.repeat(np.arange(len(COUNTS)), COUNTS), strict=True)):
+        (folder / f"scans/{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"scans/{label}/patient-{row:02}.png")
+    return folder / "scans", write_records(folder / "train.npz", images=pixels)
+
+
+def of_folder(path: Path, mechanism: str = "gaussian", **changes: Any) -> ReleaseSpec:
+    return spec_of(path, mechanism, source=SourceSpec(format="folder", path=str(path)), **changes)
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "summary"])  # privunit draws more than normals
+def test_a_folder_is_released_as_the_same_images_in_one_file_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mechanism: str
+) -> None:
+    monkeypatch.setattr(stage, "shuffled_order", lambda num_records: np.arange(num_records)[::-1].copy())
+    folder, file = write_pictures(tmp_path)
+    released = []
+    for spec in (of_folder(folder, mechanism), spec_of(file, mechanism)):
+        pair = Stores()
+        noise = np.random.default_rng(1).standard_normal
+        release(spec, owner_store=pair.owner, federation_store=pair.federation, normals=noise)
+        released.append(pair.federation.objects)
+    assert released[0] == released[1] != {}
+
+
+def sent_after_a_change(folder: Path, mechanism: str) -> int:
+    """How many objects leave an owner one of whose images is overwritten once its records have been hashed."""
+    pair, target = Stores(), folder / "1/patient-07.png"
+
+    def change(name: str) -> None:
+        if name.startswith("before create") and "probe" in name:
+            Image.fromarray(np.zeros((4, 4), np.uint8)).save(target)
+
+    with suppress(PrivacyRefusal):
+        run(of_folder(folder, mechanism), pair, change)
+    return len(pair.ever_sent())
+
+
+@pytest.mark.parametrize("mechanism", list(Mechanism))
+def test_an_image_changed_between_its_hash_and_its_noise_is_not_released(tmp_path: Path, mechanism: str) -> None:
+    assert sent_after_a_change(write_pictures(tmp_path)[0], mechanism) == 0
+
+
+def test_mutant_that_releases_a_changed_image_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "fingerprint", lambda image_CHW: bytes(stored.FINGERPRINT_BYTES))
+    assert sent_after_a_change(write_pictures(tmp_path)[0], "gaussian") > 0
+
+
+@pytest.mark.parametrize("mechanism", list(Mechanism))
+def test_progress_rises_to_all_images_by_their_declared_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mechanism: str
+) -> None:
+    folder, _ = write_pictures(tmp_path)
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(stage, "report_progress", lambda done, total, unit: told.append((done, total)))
+    run(of_folder(folder, mechanism), Stores())
+    assert told == sorted(told) and {total for _, total in told} == {sum(COUNTS)}
+    assert told[-1][0] == sum(COUNTS) > told[-2][0] and len(set(told)) > 3
+
+
+@pytest.mark.parametrize("odd", ["empty", "label", "link"])
+def test_an_odd_file_is_named_to_its_owner_alone(tmp_path: Path, odd: str) -> None:
+    folder, _ = write_pictures(tmp_path)
+    target = folder / "1/patient-07.png"
+    if odd == "empty":
+        target.write_bytes(b"")
+    elif odd == "label":
+        target.rename(folder / "0/patient-07.png")
+    else:
+        target.rename(tmp_path / "elsewhere.png")
+        target.symlink_to(tmp_path / "elsewhere.png")
+    spec = of_folder(folder, owner_store=f"file://{tmp_path}/o", federation_store=f"file://{tmp_path}/federation")
+    process = start(spec, tmp_path)
+    assert (process.returncode, process.stdout) == (65, "")
+    (message,) = messages(process)
+    assert message.startswith("feddiff: ") and ("patient-07.png: " in message or odd == "label")
+    assert not (tmp_path / "receipt.json").exists() and not (tmp_path / "federation").exists()
 
 
 def kill_at_every_system_call(folder: Path) -> None:

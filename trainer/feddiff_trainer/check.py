@@ -6,6 +6,7 @@ Shapes: N records, D values of one image, K classes.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,14 +42,14 @@ def check(spec: CheckSpec) -> dict[str, Any]:
     """
     records = _read(spec)
     found_K = np.bincount(records.labels_N, minlength=spec.classes.count)
-    norms_N = _norms(records)
+    norms_N, pixel_range = _norms_and_range(records)
     answer: dict[str, Any] = {
         "records": len(records),
         "classes": [
             {"class": k, "declared": declared, "found": int(found_K[k])}
             for k, declared in enumerate(spec.classes.records)
         ],
-        "pixelRange": _pixel_range(records),
+        "pixelRange": pixel_range,
         "normQuantiles": {name: float(np.quantile(norms_N, share)) for name, share in QUANTILES.items()},
         "clips": [],
     }
@@ -78,13 +79,13 @@ def _batches(records: Records) -> Iterator[tuple[slice, NDArray[np.float64]]]:
         yield rows, records[rows]
 
 
-def _norms(records: Records) -> NDArray[np.float64]:
-    return np.concatenate([np.linalg.norm(pixels_ND, axis=1) for _, pixels_ND in _batches(records)])
-
-
-def _pixel_range(records: Records) -> list[float]:
-    lows_highs = [(float(pixels_ND.min()), float(pixels_ND.max())) for _, pixels_ND in _batches(records)]
-    return [min(low for low, _ in lows_highs), max(high for _, high in lows_highs)]
+def _norms_and_range(records: Records) -> tuple[NDArray[np.float64], list[float]]:
+    """In one pass, since files are read anew in each."""
+    norms, low, high = [], math.inf, -math.inf
+    for _, pixels_ND in _batches(records):
+        norms.append(np.linalg.norm(pixels_ND, axis=1))
+        low, high = min(low, float(pixels_ND.min())), max(high, float(pixels_ND.max()))
+    return np.concatenate(norms), [low, high]
 
 
 def _clips(records: Records, norms_N: NDArray[np.float64], privacy: PrivacySpec) -> list[dict[str, Any]]:

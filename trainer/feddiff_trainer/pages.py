@@ -282,6 +282,9 @@ figcaption { color: var(--soft); font-size: .8rem; line-height: 1.3; padding-top
 .roc-curve { fill: none; stroke: var(--accent); stroke-width: 2.5; stroke-linejoin: round; }
 .roc-chance { stroke: var(--faint); stroke-width: 1.2; stroke-dasharray: 4 4; }
 .roc-label { font-weight: 600; }
+.holdings { display: block; font-size: 11px; margin: 1rem; }
+.holdings text { fill: var(--soft); }
+.holdings circle { fill: var(--accent); }
 .roc-mark { fill: var(--accent); stroke: var(--paper); stroke-width: 1.5; }
 
 @media (max-width: 52rem) {

@@ -9,32 +9,36 @@ Shapes: N records, C channels, H height, W width, D = C·H·W values of one imag
 import gzip
 import hashlib
 import math
-import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
 
 from feddiff_protocol.api import ClassesSpec, ImageSpec, SourceSpec
-from feddiff_protocol.errors import DataInvalid, InputMissing
+from feddiff_protocol.errors import DataInvalid
+
+from .image_files import ImageFiles, files_by_folder, files_by_table, first_shape, folder_names, label_names
+from .parquet_files import ParquetImages, open_parquet, parquet_shape
+from .stored import StoredImages, Told, digest_header, readable, unheard
 
 ROWS = 1024  # records at a time in passes over all of them
-IMAGE_SUFFIXES, IMAGE_FORMATS = frozenset({".png", ".jpg", ".jpeg"}), ("PNG", "JPEG")
+MOST_CLASSES = 1000  # that a dataset may declare
+Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Records:
-    """Checked records. pixels_NCHW: uint8 0..255, or float32/float64 in [0, 1]. labels_N: int64 in 0..K-1."""
+    """Checked records. pixels_NCHW: uint8 0..255, or float32/float64 in [0, 1]; of folders and Parquet files it stays
+    there until asked for. labels_N: int64 in 0..K-1. `told` hears how many more images were read."""
 
-    pixels_NCHW: NDArray[Any]
+    pixels_NCHW: NDArray[Any] | StoredImages
     labels_N: NDArray[np.int64]
+    told: Told = unheard
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -42,8 +46,16 @@ class Records:
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float64]:
         """pixels_ND of the rows, float64 in [0, 1], a fresh array; always two-dimensional."""
         picked = self.pixels_NCHW[rows]
+        self.told(len(picked))
         flat = picked.reshape(len(picked), -1)
         return flat / 255.0 if flat.dtype == np.uint8 else flat.astype(np.float64)
+
+    def in_memory(self, rows_n: NDArray[np.int64]) -> "tuple[Records, NDArray[np.int64]]":
+        """Records and the rows among them that are these rows of all; what is in files is read in one pass over them,
+        whatever the order of the rows."""
+        if isinstance(self.pixels_NCHW, StoredImages):
+            return Records(self.pixels_NCHW.read(rows_n, self.told), self.labels_N[rows_n]), np.arange(len(rows_n))
+        return self, rows_n
 
 
 def read_records(
@@ -60,24 +72,62 @@ def read_records(
     """All records of a source, in stored order, after every check that does not need the declared counts.
 
     source_format: `idx` (MNIST's, .gz or not, with a file of labels), `npz` (arrays images: N×H×W, N×C×H×W or N×H×W×C,
-    uint8 or floats in [0, 1]; and labels) or `folder` (one folder of PNG and JPEG files per class; class index by
-    `class_names`, else by sorted name). Raises InputMissing, DataInvalid.
+    uint8 or floats in [0, 1]; and labels) or `folder` (PNG and JPEG files: one folder of them per class, class index by
+    `class_names`, else by sorted name; or, with a table of labels, any folders) or `parquet` (a column image of such
+    files, a column label). Raises InputMissing, DataInvalid.
     """
-    shape_CHW = (channels, height, width)
-    images: NDArray[Any]
+    records = _opened(source_format, path, labels_path, (channels, height, width), num_classes, class_names)
+    _read_through(records)
+    return records
+
+
+def read_source(source: SourceSpec, image: ImageSpec, classes: ClassesSpec, told: Told = unheard) -> Records:
+    """The records of a dataset, as many of each class as declared; `told` hears of every image that is read, here and
+    later. Raises InputMissing, DataInvalid, for wrong numbers before an image is looked at."""
+    labels_path = Path(source.labels_path) if source.labels_path else None
+    records = _of_dataset(source, image, classes, Path(source.path), labels_path)
+    check_declared(records, classes.records)
+    _read_through(records, told)
+    return replace(records, told=told)
+
+
+def read_holdout(source: SourceSpec, image: ImageSpec, classes: ClassesSpec) -> Records | None:
+    """The records that a dataset keeps out of training, or None. Raises InputMissing, DataInvalid."""
+    if source.holdout_path is None:
+        return None
+    labels_path = Path(source.holdout_labels_path) if source.holdout_labels_path else None
+    records = _of_dataset(source, image, classes, Path(source.holdout_path), labels_path)
+    _read_through(records)
+    return records
+
+
+def _of_dataset(
+    source: SourceSpec, image: ImageSpec, classes: ClassesSpec, path: Path, labels_path: Path | None
+) -> Records:
+    shape_CHW = (image.channels, image.height, image.width)
+    return _opened(source.format.value, path, labels_path, shape_CHW, classes.count, classes.names)
+
+
+def _opened(
+    source_format: str,
+    path: Path,
+    labels_path: Path | None,
+    shape_CHW: Shape,
+    num_classes: int,
+    class_names: Sequence[str],
+) -> Records:
+    """The records of a source; images that stay in their files are not looked at yet."""
+    images: NDArray[Any] | StoredImages
     labels: NDArray[Any]
     if source_format == "folder":
-        images, labels = _read_folder(path, shape_CHW, num_classes, class_names)
-    elif source_format == "npz":
-        images, labels = _read_npz(path)
-    elif source_format == "idx":
-        if labels_path is None:
-            raise DataInvalid("labelsPath: expected the file of labels beside format idx, found none; add it")
-        images, labels = _read_idx(path), _read_idx(labels_path)
+        images, labels = _open_folder(path, labels_path, shape_CHW, num_classes, class_names)
+    elif source_format == "parquet":
+        files, ends_F, labels = open_parquet(path)
+        images = StoredImages(ParquetImages(files, ends_F, shape_CHW), (len(labels), *shape_CHW))
     else:
-        raise DataInvalid(f"source.format: expected idx, npz or folder, found {source_format!r}; change it")
+        images, labels = _read_arrays(source_format, path, labels_path)
     labels_N = _checked_labels(labels, num_classes, labels_path or path)
-    pixels_NCHW = _checked_images(images, shape_CHW, path)
+    pixels_NCHW = images if isinstance(images, StoredImages) else _checked_images(images, shape_CHW, path)
     if len(pixels_NCHW) != len(labels_N):
         raise DataInvalid(
             f"{path}: expected as many labels as images, found {len(pixels_NCHW)} images and {len(labels_N)} labels;"
@@ -86,33 +136,79 @@ def read_records(
     return Records(pixels_NCHW, labels_N)
 
 
-def read_source(source: SourceSpec, image: ImageSpec, classes: ClassesSpec) -> Records:
-    """The records of a dataset, as many of each class as declared. Raises InputMissing, DataInvalid."""
-    labels_path = Path(source.labels_path) if source.labels_path else None
-    records = _read(source, image, classes, Path(source.path), labels_path)
-    check_declared(records, classes.records)
-    return records
+def _read_arrays(source_format: str, path: Path, labels_path: Path | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    if source_format == "npz":
+        return _read_npz(path)
+    if source_format != "idx":
+        raise DataInvalid(f"source.format: expected idx, npz, folder or parquet, found {source_format!r}; change it")
+    if labels_path is None:
+        raise DataInvalid("labelsPath: expected the file of labels beside format idx, found none; add it")
+    return _read_idx(path), _read_idx(labels_path)
 
 
-def read_holdout(source: SourceSpec, image: ImageSpec, classes: ClassesSpec) -> Records | None:
-    """The records that a dataset keeps out of training, or None. Raises InputMissing, DataInvalid."""
-    if source.holdout_path is None:
-        return None
-    labels_path = Path(source.holdout_labels_path) if source.holdout_labels_path else None
-    return _read(source, image, classes, Path(source.holdout_path), labels_path)
+def _open_folder(
+    path: Path, labels_path: Path | None, shape_CHW: Shape, num_classes: int, class_names: Sequence[str]
+) -> tuple[StoredImages, NDArray[np.int64]]:
+    root = _resolved(path)
+    if labels_path is None:
+        files, labels_N = files_by_folder(root, num_classes, class_names)
+    else:
+        files, labels_N = files_by_table(root, labels_path.resolve(), num_classes, class_names)
+    return StoredImages(ImageFiles(root, files, shape_CHW), (len(files), *shape_CHW)), labels_N
 
 
-def _read(source: SourceSpec, image: ImageSpec, classes: ClassesSpec, path: Path, labels_path: Path | None) -> Records:
-    return read_records(
-        source.format.value,
-        path,
-        labels_path=labels_path,
-        channels=image.channels,
-        height=image.height,
-        width=image.width,
-        num_classes=classes.count,
-        class_names=classes.names,
-    )
+def _resolved(path: Path) -> Path:
+    """The folder itself may stand behind a link; nothing in it may."""
+    with readable(path):
+        return path.resolve(strict=True)
+
+
+def _read_through(records: Records, told: Told = unheard) -> None:
+    """Images that stay in their files are checked; `told` hears of images that were read, these or those in memory."""
+    if isinstance(records.pixels_NCHW, StoredImages):
+        records.pixels_NCHW.read_through(told)
+    else:
+        told(len(records))
+
+
+def described(source_format: str, path: Path, labels_path: Path | None) -> tuple[Shape, int, tuple[str, ...]]:
+    """Channels, height and width of the images, the number of classes, and their names where they have any: as the
+    records show them, for data that nobody has described. Raises InputMissing, DataInvalid."""
+    if source_format == "folder":
+        return _described_folder(path, labels_path)
+    if source_format == "parquet":
+        files, ends_F, labels = open_parquet(path)
+        labels_N = _checked_labels(labels, MOST_CLASSES, path)
+        return parquet_shape(files, ends_F), int(labels_N.max()) + 1, ()
+    images, labels = _read_arrays(source_format, path, labels_path)
+    labels_N = _checked_labels(labels, MOST_CLASSES, labels_path or path)
+    return _shape_of(images, path), int(labels_N.max()) + 1, ()
+
+
+def _described_folder(path: Path, labels_path: Path | None) -> tuple[Shape, int, tuple[str, ...]]:
+    root = _resolved(path)
+    if labels_path is None:
+        names = folder_names(root)
+        if not names:
+            raise DataInvalid(
+                f"{root}: expected one folder per class, found none; name a table of labels, or make them"
+            )
+        files, _ = files_by_folder(root, len(names), names)
+        return first_shape(root, files), len(names), tuple(names)
+    names = label_names(labels_path)
+    files, labels_N = files_by_table(root, labels_path.resolve(), len(names) or MOST_CLASSES, names)
+    return first_shape(root, files), len(names) or int(labels_N.max()) + 1, tuple(names)
+
+
+def _shape_of(images: NDArray[Any], path: Path) -> Shape:
+    """Grey or colour, channels first or last, whichever it can be."""
+    match images.shape:
+        case (_, height, width) | (_, 1, height, width) | (_, height, width, 1):
+            return 1, height, width
+        case (_, 3, height, width) | (_, height, width, 3):
+            return 3, height, width
+    found = "×".join(map(str, images.shape))
+    raise DataInvalid(f"{path}: expected images as N×H×W, N×C×H×W or N×H×W×C, C 1 or 3, found {found}; reshape them")
 
 
 def check_declared(records: Records, declared_counts: Sequence[int]) -> None:
@@ -131,10 +227,13 @@ def check_declared(records: Records, declared_counts: Sequence[int]) -> None:
 def digest_records(records: Records) -> str:
     """SHA-256 in hexadecimal over type, shape, pixels, labels and their order: two reads agree iff all of it does."""
     pixels_NCHW, labels_N = records.pixels_NCHW, records.labels_N
-    digest = hashlib.sha256(f"feddiff records 1|{pixels_NCHW.dtype.name}|{pixels_NCHW.shape}|".encode())
-    little_endian = pixels_NCHW.dtype.newbyteorder("<")
-    for start in range(0, len(labels_N), ROWS):
-        digest.update(np.ascontiguousarray(pixels_NCHW[start : start + ROWS], little_endian).data)
+    if isinstance(pixels_NCHW, StoredImages):
+        digest = pixels_NCHW.digest()
+    else:
+        digest = hashlib.sha256(digest_header(pixels_NCHW.dtype, pixels_NCHW.shape))
+        little_endian = pixels_NCHW.dtype.newbyteorder("<")
+        for start in range(0, len(labels_N), ROWS):
+            digest.update(np.ascontiguousarray(pixels_NCHW[start : start + ROWS], little_endian).data)
     digest.update(np.ascontiguousarray(labels_N, "<i8").data)
     return digest.hexdigest()
 
@@ -159,7 +258,7 @@ def _checked_labels(labels: NDArray[Any], num_classes: int, path: Path) -> NDArr
     return labels.astype(np.int64)
 
 
-def _checked_images(images: NDArray[Any], shape_CHW: tuple[int, int, int], path: Path) -> NDArray[Any]:
+def _checked_images(images: NDArray[Any], shape_CHW: Shape, path: Path) -> NDArray[Any]:
     pixels_NCHW = _with_shape(images, shape_CHW, path)
     if pixels_NCHW.dtype.kind == "f" and pixels_NCHW.dtype.itemsize in (4, 8):
         for start in range(0, len(pixels_NCHW), ROWS):
@@ -172,7 +271,7 @@ def _checked_images(images: NDArray[Any], shape_CHW: tuple[int, int, int], path:
     return pixels_NCHW
 
 
-def _with_shape(images: NDArray[Any], shape_CHW: tuple[int, int, int], path: Path) -> NDArray[Any]:
+def _with_shape(images: NDArray[Any], shape_CHW: Shape, path: Path) -> NDArray[Any]:
     """N×C×H×W seen in N×H×W, N×C×H×W or N×H×W×C, whichever fits the declared shape; channels first if both do."""
     channels, height, width = shape_CHW
     if images.ndim == 3 and channels == 1 and images.shape[1:] == (height, width):
@@ -200,16 +299,6 @@ def _check_range(pixels_NCHW: NDArray[Any], start: int, path: Path) -> None:
         )
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns what the file system says about `path` into InputMissing."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputMissing(f"{path}: expected a readable source, found: {reason}; check path and permissions") from None
-
-
 # ---- idx -----------------------------------------------------------------------------------------------------------
 
 IDX_UINT8 = 8  # the only element type of MNIST and its relatives
@@ -235,7 +324,7 @@ def _read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def _unpacked(path: Path) -> bytes:
-    with _readable(path):
+    with readable(path):
         content = path.read_bytes()
         if content[:2] != b"\x1f\x8b":
             return content
@@ -249,7 +338,7 @@ def _unpacked(path: Path) -> bytes:
 
 
 def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
-    with _readable(path), path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise DataInvalid(f"{path}: expected a .npz archive, found another format; write it with numpy.savez")
         file.seek(0)
@@ -274,93 +363,3 @@ def _npz_array(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> NDArray[
     if not isinstance(array, np.ndarray):
         raise DataInvalid(f"{path}: expected {name} as an array, found raw bytes; write it with numpy.savez")
     return array
-
-
-# ---- folder --------------------------------------------------------------------------------------------------------
-
-
-def _read_folder(
-    root: Path, shape_CHW: tuple[int, int, int], num_classes: int, class_names: Sequence[str]
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    with _readable(root):
-        files_K = [
-            _image_files(folder) for folder in _class_folders(root.resolve(strict=True), num_classes, class_names)
-        ]
-        labels_N = np.repeat(np.arange(len(files_K)), [len(files) for files in files_K])
-        pixels_NCHW = np.empty((len(labels_N), *shape_CHW), np.uint8)
-        for row, file in enumerate(file for files in files_K for file in files):
-            pixels_NCHW[row] = _read_image(file, shape_CHW)
-    return pixels_NCHW, labels_N
-
-
-def _class_folders(root: Path, num_classes: int, class_names: Sequence[str]) -> list[Path]:
-    """One folder per class, by class index; a class that has a name but no folder is empty."""
-    found = [entry.name for entry in _entries(root) if entry.is_dir()]
-    expected = list(class_names) or found
-    if len(expected) != num_classes or not set(found) <= set(expected):
-        described = f"folders {', '.join(class_names)}" if class_names else f"{num_classes} folders, one per class"
-        raise DataInvalid(
-            f"{root}: expected {described}, found {', '.join(found[:10]) or 'none'}"
-            f"{' …' if len(found) > 10 else ''}; correct the folders or `classes`"
-        )
-    return [root / name for name in expected]
-
-
-def _image_files(folder: Path) -> list[Path]:
-    files = _entries(folder) if folder.exists() else []
-    for file in files:
-        if file.suffix.lower() not in IMAGE_SUFFIXES or not file.is_file():
-            raise DataInvalid(f"{file}: expected only PNG and JPEG files here, found this; move it elsewhere")
-    return files
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted by name; hidden files (of desktops and file systems) are not records.
-
-    A symbolic link could reach outside the dataset, or count one image twice, which the promise does not cover.
-    """
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    for entry in entries:
-        if entry.is_symlink():
-            raise DataInvalid(f"{entry}: expected files and folders, found a symbolic link; put the file itself there")
-    return entries
-
-
-def _read_image(file: Path, shape_CHW: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """One image as C×H×W. Size and mode are checked before a pixel is decoded; nothing is converted or resized."""
-    channels, height, width = shape_CHW
-    mode = {1: "L", 3: "RGB"}.get(channels, f"(no file has {channels} channels)")
-    with (
-        _readable(file),
-        file.open("rb") as stream,
-        _mendable(file),
-        Image.open(stream, formats=IMAGE_FORMATS) as image,
-    ):
-        found = _stored_mode(image)
-        if found != mode or image.size != (width, height):
-            raise DataInvalid(
-                f"{file}: expected mode {mode}, {width} wide and {height} high, found mode {found}, {image.width} wide"
-                f" and {image.height} high; convert it to 8 bits, grey (L) or RGB, of that size"
-            )
-        return np.asarray(image, np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
-
-
-def _stored_mode(image: ImageFile.ImageFile) -> str:
-    """Pillow's mode, marked where it hides something: it reads 16-bit RGB as 8 bits, transparency as opaque."""
-    if "transparency" in image.info:
-        return f"{image.mode} with transparency"
-    raw_mode = str(image.tile[0].args) if image.format == "PNG" and image.tile else image.mode
-    return image.mode if raw_mode == image.mode else f"{image.mode} from {raw_mode}"
-
-
-@contextmanager
-def _mendable(file: Path) -> Iterator[None]:
-    """Turns what Pillow says about bad bytes into DataInvalid; errors of the file system carry a number and pass."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            yield
-    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError, Warning) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise DataInvalid(f"{file}: expected an intact PNG or JPEG, found: {error}; replace or remove it") from None

@@ -51,7 +51,8 @@ def release(spec: ReleaseSpec, *, owner_store: Store, federation_store: Store, n
     promise = promise_of(spec.privacy, spec.diffusion)
     _check_reach(spec, promise)
     check_size(spec.privacy, spec.image, spec.classes.count)
-    records = read_source(spec.source, spec.image, spec.classes)
+    progress = _Progress(spec)
+    records = read_source(spec.source, spec.image, spec.classes, progress.read)
     records_sha256 = digest_records(records)
     check_creates_once(owner_store, layout.release_prefix(spec.release))
     check_creates_once(federation_store, layout.client_prefix(spec.job.uid, spec.client))
@@ -65,7 +66,24 @@ def release(spec: ReleaseSpec, *, owner_store: Store, federation_store: Store, n
     for shard in seal.shards:
         _sealed_bytes(owner_store, seal, shard)
     _delete_losing_attempts(owner_store, seal)
+    progress.finished()
     return _send(spec, promise, seal, owner_store, federation_store)
+
+
+class _Progress:
+    """Images done, of those declared: each is read to be checked, then once, or twice for a summary, to be noised."""
+
+    def __init__(self, spec: ReleaseSpec) -> None:
+        self._num_images = sum(spec.classes.records)
+        self._passes = 3 if spec.privacy.mechanism is Mechanism.SUMMARY else 2
+        self._num_read = 0
+
+    def read(self, num_images: int) -> None:
+        self._num_read += num_images
+        report_progress(min(self._num_read // self._passes, self._num_images - 1), self._num_images, "images")
+
+    def finished(self) -> None:
+        report_progress(self._num_images, self._num_images, "images")
 
 
 # ---- Before anything is drawn --------------------------------------------------------------------------------
@@ -164,13 +182,13 @@ def _shards(spec: ReleaseSpec, promise: Promise, records: Records, normals: Norm
         labels_N = records.labels_N[rows_N].astype(np.int32)
         yield encode(shard_layout, {name: cells_ND.reshape(shape_NCHW), "labels": labels_N})
         start += shape_NCHW[0]
-        report_progress(start, len(records), "images")
 
 
 def _released_images(
     spec: ReleaseSpec, promise: Promise, records: Records, rows_N: Int64, normals: Normals
 ) -> NDArray[np.int16]:
     """cells_ND of the records in these rows."""
+    records, rows_N = records.in_memory(rows_N)
     if promise.mechanism is Mechanism.PRIVUNIT:
         return release_privunit_on_grid(records, rows_N, cap=cap_of(spec.privacy, spec.image), normals=normals)
     schedule = schedule_of(spec.diffusion)
@@ -198,7 +216,6 @@ def _summary_shard(spec: ReleaseSpec, promise: Promise, records: Records, normal
         moment_std=promise.moment_std,
         normals=normals,
     )
-    report_progress(len(records), len(records), "images")
     steps = grid_steps(promise, schedule_of(spec.diffusion))
     (shard_layout,) = layouts(promise.mechanism, spec.image, spec.classes.records)
     sums = {"mean_sums": summary.mean_sums_KD, "moment_sums": summary.moment_sums_KM}

@@ -1,0 +1,99 @@
+"""`feddiff split` writes what `feddiff plan` and `feddiff run` take, for as many clients as a study has."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from feddiff.documents import load_job
+from feddiff.main import _exit_code, app
+from feddiff.split import clip_norm, job_text
+from feddiff_protocol.api import Mechanism
+
+
+@pytest.fixture
+def feddiff(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = _exit_code(lambda: app([str(argument) for argument in arguments]))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def data(folder: Path, per_class: int = 700) -> Path:
+    labels_N = np.arange(10 * per_class) % 10
+    np.savez(folder / "all.npz", images=np.zeros((len(labels_N), 8, 8), np.uint8), labels=labels_N)
+    return folder / "all.npz"
+
+
+def test_128_clients_with_five_common_classes_give_a_plan(feddiff: Any, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    asked = ("--clients", 128, "--majority", 5, "--minority-records", 4, "--dirichlet", "0.3", "--out", out)
+    code, said, err = feddiff("split", data(tmp_path), *asked)
+    assert (code, err) == (0, "")
+    assert "128 clients with " in said and "700 held out for all" in said and f"wrote {out / 'split.html'}" in said
+    assert f"next: feddiff plan {out / 'owners.yaml'} {out / 'job.yaml'}" in said
+    code, said, err = feddiff("plan", out / "owners.yaml", out / "job.yaml", "--json")
+    assert (code, err) == (0, "")
+    assert len(json.loads(said)["clients"]) == 128
+
+
+def test_the_datasets_declare_what_their_files_hold(feddiff: Any, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    _, said, _ = feddiff("split", data(tmp_path, 30), "--clients", 3, "--holdout", "0", "--out", out, "--json")
+    job = load_job([out / "owners.yaml", out / "job.yaml"])
+    assert list(job.datasets) == ["client-0", "client-1", "client-2"]
+    for client, dataset in job.datasets.items():
+        with np.load(dataset.source.path) as arrays:
+            found = np.bincount(arrays["labels"], minlength=10).tolist()
+        assert found == list(dataset.document.spec.classes.records) == json.loads(said)["records"][client]
+        assert dataset.source.holdout_path is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("all.npz", "--clients", 1, "--out", "new"), 64, "--clients: expected 2 to 1000, found 1"),
+        (("all.bin", "--clients", 2, "--out", "new"), 64, "expected a folder of images, a .npz or .parquet file"),
+        (("all.npz", "--clients", 2, "--out", "."), 73, "expected a new or an empty folder"),
+        (("gone.npz", "--clients", 2, "--out", "new"), 66, "gone.npz: expected a readable source"),
+        (("all.npz", "--clients", 2, "--out", "new", "--dirichlet", "x"), 65, "dirichlet: expected a decimal number"),
+        (
+            ("all.npz", "--clients", 2, "--out", "new", "--minority-records", 99),
+            64,
+            "expected at most 13 for 2 clients",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_its_code(
+    feddiff: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[object, ...],
+    code: int,
+    message: str,
+) -> None:
+    data(tmp_path, 30)
+    monkeypatch.chdir(tmp_path)
+    found, _, err = feddiff("split", *arguments)
+    assert (found, len(err.splitlines())) == (code, 1), err
+    assert message in err
+
+
+def test_images_whose_second_moments_are_too_many_get_the_papers_mechanism() -> None:
+    answer = {
+        "image": {"channels": 3, "height": 64, "width": 64},
+        "classes": {"count": 10, "names": []},
+        "records": {"a": [2], "b": [2]},
+        "holdout": 0,
+    }
+    assert f"mechanism: {Mechanism.GAUSSIAN}" in job_text(answer) and "splitSigma" not in job_text(answer)
+
+
+def test_clip_norms_are_those_of_init_at_28_by_28() -> None:
+    assert (str(clip_norm(784, 3)), str(clip_norm(784, 2))) == ("12", "8")

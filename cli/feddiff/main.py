@@ -64,6 +64,7 @@ Files = Annotated[
     typer.Argument(metavar="FILE...", help="YAML files that together hold the datasets and exactly one job."),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")]
+ABOVE = "above its bound"  # feddiff_trainer.verdicts.Verdict.ABOVE, as its answer says it
 KUBECTL_PLUGIN = "kubectl feddiff"
 
 
@@ -498,6 +499,48 @@ def sample(
 
     draw_samples(RunFolder(folder), client, images_per_class, out)
     print(f"wrote {out}: not private, for the owner of client {client} only")
+
+
+@app.command(short_help="For a data owner: what attacks find in a finished run.")
+def audit(
+    folder: RunDir,
+    client: Annotated[str | None, typer.Option(metavar="NAME", help="The owner to audit; default: every one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """For a data owner: attack a finished run's release and denoisers, and hold what is found against its bound.
+
+    The answer depends on the records. Keep it. Ends with 77 where an attack does better than the promise allows.
+    """
+    from .owner_stages import AUDIT_COLUMNS, audit_lines, audit_rows, audit_run, clients_of
+    from .progress import bar
+    from .run_folder import RunFolder
+    from .tables import print_table, say
+
+    run_folder, answers = RunFolder(folder), {}
+    for name in clients_of(run_folder, client):
+        with bar(f"audit {name}") as told:
+            answers[name] = audit_run(run_folder, name, told)
+    private = "PRIVATE: for the owner of these records only; attacks read them, and say who is among them"
+    if as_json:
+        print_json({"notice": private, "clients": answers})
+    else:
+        print(private)
+        for name, answer in answers.items():
+            say(console(), f"\n{name}")
+            print_table(console(), AUDIT_COLUMNS, audit_rows(answer))
+            for line in audit_lines(answer):
+                say(console(), f"  {line}")
+    above = [(name, each) for name in answers for each in answers[name]["findings"] if each["verdict"] == ABOVE]
+    for name, each in above:
+        print(
+            f"feddiff: client {name}: {each['attack']} on {each['target']}: AUC {each['auc']['value']:.3f}, bound"
+            f" {each['aucBound']:.3f}: more than the promise allows, which is a bug; release nothing more, report it",
+            file=sys.stderr,
+        )
+    if above:
+        raise typer.Exit(PRIVACY_REFUSED)
+    if not as_json:
+        say_next(f"feddiff report {quoted(folder)}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from feddiff_protocol.promise import promise_of
 from feddiff_protocol.stages import JobReference
 from feddiff_trainer.check import CheckSpec, check
 from feddiff_trainer.store_probes import failed
-from feddiff_trainer.verdicts import Audit, Copies, Estimate, Finding, Target, Verdict
+from feddiff_trainer.verdicts import Audit, Copies, Estimate, Finding, Reconstruction, Target, Verdict, one_run_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -236,6 +236,16 @@ def test_audit_keys_are_on_the_page() -> None:
         samples_sha256="a" * 64,
         finished_at="",
         findings=(finding,),
+        one_run=(one_run_of("a", np.zeros(20), np.zeros(20, np.bool_), 1.0, 1e-5),),
+        reconstruction=Reconstruction(
+            records=1,
+            nearer=estimate,
+            nearer_bound=0.6,
+            gain_db=0.1,
+            control_nearer=1.0,
+            control_gain_db=9.0,
+            verdict=Verdict.WITHIN,
+        ),
         copies=(Copies(target=Target.BOTH, third=estimate, half=estimate),),
         blind=estimate,
     )

@@ -64,7 +64,6 @@ Files = Annotated[
     typer.Argument(metavar="FILE...", help="YAML files that together hold the datasets and exactly one job."),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")]
-ABOVE = "above its bound"  # feddiff_trainer.verdicts.Verdict.ABOVE, as its answer says it
 KUBECTL_PLUGIN = "kubectl feddiff"
 
 
@@ -511,7 +510,7 @@ def audit(
 
     The answer depends on the records. Keep it. Ends with 77 where an attack does better than the promise allows.
     """
-    from .owner_stages import AUDIT_COLUMNS, audit_lines, audit_rows, audit_run, clients_of
+    from .owner_stages import AUDIT_COLUMNS, attacks_above, audit_lines, audit_rows, audit_run, clients_of
     from .progress import bar
     from .run_folder import RunFolder
     from .tables import print_table, say
@@ -530,17 +529,44 @@ def audit(
             print_table(console(), AUDIT_COLUMNS, audit_rows(answer))
             for line in audit_lines(answer):
                 say(console(), f"  {line}")
-    above = [(name, each) for name in answers for each in answers[name]["findings"] if each["verdict"] == ABOVE]
-    for name, each in above:
-        print(
-            f"feddiff: client {name}: {each['attack']} on {each['target']}: AUC {each['auc']['value']:.3f}, bound"
-            f" {each['aucBound']:.3f}: more than the promise allows, which is a bug; release nothing more, report it",
-            file=sys.stderr,
-        )
+    above = [f"client {name}: {each}" for name, answer in answers.items() for each in attacks_above(answer)]
+    for each in above:
+        print(f"feddiff: {each}: a bug of ours; release nothing more with it, and report it", file=sys.stderr)
     if above:
         raise typer.Exit(PRIVACY_REFUSED)
     if not as_json:
         say_next(f"feddiff report {quoted(folder)}")
+
+
+class Exported(StrEnum):
+    """What an owner may pass on of its own."""
+
+    DENOISER = "denoiser"
+    SAMPLES = "samples"
+
+
+@app.command(short_help="For a data owner: pass on a personal denoiser or its samples.")
+def export(
+    what: Annotated[Exported, typer.Argument(metavar="WHAT", help="denoiser or samples.")],
+    folder: RunDir,
+    client: Annotated[str, typer.Option(metavar="NAME", help="The owner whose it is.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="A new .safetensors (denoiser) or .npz (samples) file.")],
+    override: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Although the audit speaks against it; put on record.")
+    ] = None,
+) -> None:
+    """For a data owner: copy a personal denoiser or its samples out of the owner's store, to pass them on.
+
+    They are not private, no promise covers them. Refused (77) unless their audit passed or --override says why not.
+    """
+    from .owner_stages import export_result
+    from .run_folder import RunFolder
+
+    if override is not None and not override.strip():
+        raise UsageInvalid("--override: expected the owner's reason, found none; it goes on record")
+    answer = export_result(RunFolder(folder), what.value, client, out, override or "")
+    said = f"overridden: {len(answer['refusals'])} reasons against it" if answer["refusals"] else "its audit passed"
+    print(f"wrote {out} ({said}); on record in the store and the report of the owner of client {client}")
 
 
 if __name__ == "__main__":

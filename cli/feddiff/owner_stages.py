@@ -1,5 +1,5 @@
 """Single processes of the trainer that an owner asks for outside a run: checking records, drawing more samples,
-attacking what a run left."""
+attacking what a run left, passing it on."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from .documents import LocalDataset
 from .processes import RECEIPT_VARIABLE
 from .run_folder import RunFolder
 
-CHECK_MODULE, AUDIT_MODULE = "feddiff_trainer.check", "feddiff_trainer.audit"
+CHECK_MODULE, AUDIT_MODULE, EXPORT_MODULE = "feddiff_trainer.check", "feddiff_trainer.audit", "feddiff_trainer.export"
 Told = Callable[[int, int], None]  # done, total
 
 
@@ -56,12 +56,7 @@ def check_records(dataset: LocalDataset, job: FederatedDiffusionJob | None) -> d
 
 def draw_samples(folder: RunFolder, client: str, images_per_class: int, out: Path) -> None:
     """`out` holds further samples, drawn with a finished run's denoisers for one owner. Private to that owner."""
-    if out.suffix != ".npz":
-        raise UsageInvalid(f"--out: expected a file that ends in .npz, found {out}")
-    if out.exists():
-        raise OutputFailed(f"--out: {out} exists; name a new file")
-    if not out.resolve().parent.is_dir():
-        raise OutputFailed(f"--out: {out.resolve().parent} is no folder; make it first")
+    _check_new_file(out, ".npz")
     spec = finished_sample_spec(folder, *clients_of(folder, client))
     sampling = spec.sampling.to_wire() | {"imagesPerClass": images_per_class}
     changed = spec.to_wire() | {"sampling": sampling, "output": str(out.resolve())}
@@ -80,6 +75,28 @@ def audit_run(folder: RunFolder, client: str, told: Told) -> dict[str, Any]:
         path.write_text(json.dumps(spec.to_wire()))
         answer: dict[str, Any] = json.loads(run_module(AUDIT_MODULE, path, told))
     return answer
+
+
+def export_result(folder: RunFolder, what: str, client: str, out: Path, override: str) -> dict[str, Any]:
+    """`out` holds a copy of the owner's personal denoiser or its samples, and the owner's store says so."""
+    suffix = {"denoiser": ".safetensors", "samples": ".npz"}[what]
+    _check_new_file(out, suffix)
+    spec = finished_sample_spec(folder, *clients_of(folder, client))
+    asked = {"run": spec.to_wire(), "what": what, "out": str(out.resolve()), "override": override}
+    with tempfile.TemporaryDirectory(prefix="feddiff-") as temporary:
+        path = Path(temporary) / "spec.json"
+        path.write_text(json.dumps(asked))
+        answer: dict[str, Any] = json.loads(run_module(EXPORT_MODULE, path))
+    return answer
+
+
+def _check_new_file(out: Path, suffix: str) -> None:
+    if out.suffix != suffix:
+        raise UsageInvalid(f"--out: expected a file that ends in {suffix}, found {out}")
+    if out.exists():
+        raise OutputFailed(f"--out: {out} exists; name a new file")
+    if not out.resolve().parent.is_dir():
+        raise OutputFailed(f"--out: {out.resolve().parent} is no folder; make it first")
 
 
 def clients_of(folder: RunFolder, client: str | None) -> list[str]:
@@ -182,12 +199,24 @@ def audit_rows(answer: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+ABOVE = "above its bound"  # feddiff_trainer.verdicts.Verdict.ABOVE, as the answer says it
 AUDIT_COLUMNS = ("target", "attack", "records", "AUC", "bound", "found at 1 %", "bound", "control", "verdict")
 
 
 def audit_lines(answer: dict[str, Any]) -> list[str]:
     """What follows the table."""
     lines = [
+        "one run, {attack}: {correct} of {guesses} guesses right, ε ≥ {epsilonLow:.2f} per image at δ = {delta:g} and"
+        " k = 1 release; bound {epsilonBound:.2f}, could show {ceiling:.2f}: {verdict}".format(**each)
+        for each in answer["oneRun"]
+    ]
+    if rebuilt := answer.get("reconstruction"):
+        lines.append(
+            "reconstruction: {value:.1%} ({low:.1%} to {high:.1%}) of what is released is nearer to its image than to another"
+            " of its class, bound {nearerBound:.1%}, control {controlNearer:.1%}; {gainDb:.2f} dB more than without the"
+            " upload, control {controlGainDb:.2f} dB: {verdict}".format(**rebuilt, **rebuilt["nearer"])
+        )
+    lines += [
         "copies among the samples of {}: {third} below ⅓, {half} below ½".format(
             each["target"], **{name: f"{each[name]['value']:.1%}" for name in ("third", "half")}
         )
@@ -197,3 +226,19 @@ def audit_lines(answer: dict[str, Any]) -> list[str]:
     lines += answer["notes"]
     lines += [f"do not pass on the personal denoiser: {reason}" for reason in refusals]
     return lines or ["nothing to add"]
+
+
+def attacks_above(answer: dict[str, Any]) -> list[str]:
+    """The attacks that did better than the promise allows, in words."""
+    found = [
+        f"{each['attack']} on {each['target']}: AUC {each['auc']['value']:.3f}, bound {each['aucBound']:.3f}"
+        for each in answer["findings"]
+        if each["verdict"] == ABOVE
+    ]
+    found += [
+        f"one run, {each['attack']}: ε ≥ {each['epsilonLow']:.2f} per image, bound {each['epsilonBound']:.2f}"
+        for each in answer["oneRun"]
+        if each["verdict"] == ABOVE
+    ]
+    rebuilt = answer.get("reconstruction", {"verdict": ""})
+    return found + (["reconstruction from the upload"] if rebuilt["verdict"] == ABOVE else [])

@@ -92,3 +92,7 @@ def owner_report(job_uid: str, client: str) -> str:
 
 def audit(job_uid: str, client: str) -> str:
     return f"{owner_prefix(job_uid, client)}audit.json"
+
+
+def exports_prefix(job_uid: str, client: str) -> str:
+    return f"{owner_prefix(job_uid, client)}exports/"

@@ -449,7 +449,15 @@ FINDING = {
     "controlAuc": 1.0,
     "verdict": "within its bound",
 }
-AUDIT = {"findings": [FINDING], "copies": [], "notes": [], "exportRefusals": ["the personal denoiser was not attacked"]}
+ONE_RUN = {"attack": "a", "canaries": 1000, "guesses": 100, "correct": 100, "epsilonLow": 2.5, "ceiling": 2.5}
+ONE_RUN |= {"epsilonBound": 2.0, "delta": 1e-5, "verdict": "above its bound"}
+AUDIT = {
+    "findings": [FINDING],
+    "oneRun": [],
+    "copies": [],
+    "notes": [],
+    "exportRefusals": ["the personal denoiser was not attacked"],
+}
 
 
 def trainer_that_answers(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -485,10 +493,12 @@ def test_an_attack_above_its_bound_ends_with_77_after_the_whole_answer(
     feddiff: Any, world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.run(world.job(), world.stages())
-    trainer_that_answers(monkeypatch, AUDIT | {"findings": [FINDING, FINDING | {"verdict": "above its bound"}]})
+    red = {"findings": [FINDING, FINDING | {"verdict": "above its bound"}], "oneRun": [ONE_RUN]}
+    trainer_that_answers(monkeypatch, AUDIT | red)
     code, out, err = feddiff("audit", world.path / "run", "--client", "a", "--json")
     assert (code, len(json.loads(out)["clients"]["a"]["findings"])) == (77, 2)
-    assert "matched filter on upload: AUC 0.841, bound 0.842: more than the promise allows" in err
+    assert "client a: matched filter on upload: AUC 0.841, bound 0.842: a bug of ours" in err
+    assert "client a: one run, a: ε ≥ 2.50 per image, bound 2.00: a bug of ours" in err
 
 
 def test_audit_wants_a_finished_run_and_a_known_client(feddiff: Any, world: Any) -> None:
@@ -512,3 +522,42 @@ def test_what_a_process_of_the_trainer_says_on_its_way_is_told_at_once(tmp_path:
             owner_stages.run_module("a_module", tmp_path / "spec.json", lambda *seen: told.append(seen)) == "answer\n"
         )
     assert told == [(3, 9)]
+
+
+# ---- export ------------------------------------------------------------------------------------------------------
+
+
+def test_export_asks_the_trainer_for_the_owner_and_says_what_is_on_record(
+    feddiff: Any, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run(world.job(), world.stages())
+    asked = trainer_that_answers(monkeypatch, {"refusals": ["one", "two"]})
+    out = world.path / "p.safetensors"
+    code, said, err = feddiff(
+        "export", "denoiser", world.path / "run", "--client", "b", "--out", out, "--override", "they are public"
+    )
+    assert (code, "overridden: 2 reasons against it" in said) == (0, True), err
+    ((module, spec),) = asked
+    assert module == "feddiff_trainer.export" and spec["run"]["client"] == "b"
+    assert {name: spec[name] for name in ("what", "out", "override")} == {
+        "what": "denoiser",
+        "out": str(out),
+        "override": "they are public",
+    }
+
+
+def test_export_wants_a_known_client_a_new_file_of_its_kind_and_a_reason(feddiff: Any, world: Any) -> None:
+    world.run(world.job(), world.stages())
+    (world.path / "there.npz").touch()
+    for what, client, out, override, code, words in (
+        ("denoiser", "a", "x.npz", (), 64, "ends in .safetensors"),
+        ("samples", "a", "x.safetensors", (), 64, "ends in .npz"),
+        ("samples", "z", "x.npz", (), 64, "expected one of a, b, found z"),
+        ("samples", "a", "there.npz", (), 73, "exists"),
+        ("samples", "a", "x.npz", ("--override", " "), 64, "expected the owner's reason"),
+        ("shared", "a", "x.npz", (), 64, "shared"),
+    ):
+        found, _, err = feddiff(
+            "export", what, world.path / "run", "--client", client, "--out", world.path / out, *override
+        )
+        assert (found, words in err) == (code, True), err

@@ -11,7 +11,6 @@ from feddiff_protocol.promise import promise_of
 from feddiff_protocol.stages import ReleaseSpec
 from feddiff_trainer import mechanisms, release, trials
 from feddiff_trainer.noise import Normals
-from feddiff_trainer.trials import upload_trials
 from feddiff_trainer.verdicts import Finding, Target, Verdict, bound_of, bound_of_part, finding_of
 
 PRIVACY = {
@@ -55,13 +54,12 @@ def findings(spec: ReleaseSpec, normals: Normals) -> list[Finding]:
     return [
         finding_of(
             Target.UPLOAD,
-            each.attack,
-            each.inside_T,
-            each.outside_T,
-            whole if each.mu is None else bound_of_part(each.mu),
+            part.attack,
+            *trials.trials(spec, part, normals),
+            whole if part.mu is None else bound_of_part(part.mu),
             1.0,
         )
-        for each in upload_trials(spec, normals)
+        for part in trials.parts_of(spec)
     ]
 
 
@@ -100,7 +98,17 @@ def test_large_images_are_attacked_in_as_few_pixels_as_the_clip_norm_takes(monke
         return np.zeros(shape)
 
     spec = spec_of("gaussian")
-    upload_trials(
-        spec.model_copy(update={"image": spec.image.model_copy(update={"height": 512, "width": 512})}), normals
-    )
+    large = spec.model_copy(update={"image": spec.image.model_copy(update={"height": 512, "width": 512})})
+    trials.trials(large, *trials.parts_of(large), normals)
     assert {shape[1] for shape in shapes} == {40}  # 4 × 10, the first with 2·4.25² values
+
+
+@pytest.mark.parametrize("name", PRIVACY)
+def test_every_canary_has_its_own_score_whatever_the_order_of_a_release(name: str) -> None:
+    spec = spec_of(name)
+    for part in trials.parts_of(spec):
+        second_N = np.arange(200) % 3 == 0
+        scores_N = trials.canaries(spec, part, second_N, seeded(1e-6 if name != "privunit" else 1.0))
+        assert scores_N[second_N].mean() > scores_N[~second_N].mean() + (0.3 if name == "privunit" else 1)
+        if name != "privunit":  # next to no noise: the coin is in plain sight
+            np.testing.assert_array_equal(scores_N > scores_N.mean(), second_N)

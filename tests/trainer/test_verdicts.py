@@ -25,6 +25,8 @@ from feddiff_trainer.verdicts import (
     finding_of,
     found_at_one_percent,
     judge,
+    one_run_epsilon,
+    one_run_of,
     share_interval,
 )
 
@@ -116,6 +118,32 @@ def test_verdicts(auc: float, tpr: float | None, bound: float | None, control: f
 
 def test_a_lower_limit_below_the_bound_is_within_it_whatever_the_value() -> None:
     assert judge(estimate(0.8, 0.06), None, 0.75, None, 1.0) is Verdict.WITHIN
+
+
+# ---- One run -----------------------------------------------------------------------------------------------------
+
+
+def test_without_delta_one_run_is_the_binomial_test_of_randomised_response() -> None:
+    low = one_run_epsilon(1000, 200, 190, 0.0)
+    assert stats.binom.sf(189, 200, 1 / (1 + math.exp(-low))) == pytest.approx(0.05)
+    assert one_run_epsilon(1000, 200, 190, 1e-5) < low
+    assert one_run_epsilon(1000, 200, 100, 0.0) == 0.0
+
+
+def test_a_thousand_guesses_that_are_all_right_show_the_ceiling_that_is_known() -> None:
+    """e^ε/(1 + e^ε) = 0.05^(1/1000)."""
+    assert one_run_epsilon(1000, 1000, 1000, 0.0) == pytest.approx(5.81, abs=0.01)
+
+
+def test_one_run_of_a_gaussian_mechanism_stays_below_its_epsilon_and_without_noise_reaches_the_ceiling() -> None:
+    rng, mu = np.random.default_rng(3), 2.0
+    second_N = rng.integers(0, 2, 1000) == 1
+    noised = one_run_of("a", mu * second_N + rng.standard_normal(1000), second_N, 10.0, 1e-5)
+    assert 1 < noised.epsilon_low < noised.ceiling < noised.epsilon_bound and noised.verdict is Verdict.WITHIN
+    clean = one_run_of("a", second_N + 1e-9 * rng.standard_normal(1000), second_N, 1.0, 1e-5)
+    assert clean.epsilon_low == clean.ceiling and clean.verdict is Verdict.ABOVE
+    wrong = one_run_of("a", -mu * second_N + rng.standard_normal(1000), second_N, 10.0, 1e-5)
+    assert wrong.epsilon_low == 0  # a wrong sign shows nothing
 
 
 # ---- May it be passed on? ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ Shapes: N records, C channels, H height, W width.
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from feddiff_protocol import layout
-from feddiff_protocol.api import parse
+from feddiff_protocol import accountant, layout
+from feddiff_protocol.api import Mechanism, parse
 from feddiff_protocol.errors import DataInvalid, FeddiffError, InputMissing
 from feddiff_protocol.promise import Promise, promise_of, schedule_of
 from feddiff_protocol.schedule import Schedule
@@ -37,13 +38,14 @@ from .attacks import loss_scores, nearest_scores, pia_scores, secmi_scores
 from .batches import loss_of
 from .batches import records as record_batches
 from .denoisers import denoiser_from_bytes
-from .denoising import Denoise, log_normal_sigmas
+from .denoising import ClassGaussian, Denoise, log_normal_sigmas
 from .drawing import draw_alone, drawing_of
 from .evaluate import image_set, minority_of, rewrite_report, to_model_units
 from .evaluation import ARMS
 from .metrics import ImageSet, nearest_distance
 from .noise import Float64, Normals, os_entropy_normals
 from .pictures import LabelledImages, read_samples
+from .reconstruction import gain_db, nearer_bound, prior_of, reconstructed
 from .records import Records, digest_records, read_holdout, read_source
 from .sample import network_of, read_shared
 from .sampler import hand_over
@@ -51,12 +53,14 @@ from .stores import Store, open_store
 from .train_personal import initial_denoiser
 from .train_shared import EMA_WIDTH, SIGMA_DATA, image_shape
 from .training import distributed, train
-from .trials import upload_trials
+from .trials import LARGEST_RELEASE, MOST_VALUES, canaries, parts_of, trials
 from .verdicts import (
     Audit,
     Copies,
     Estimate,
     Finding,
+    OneRun,
+    Reconstruction,
     Target,
     area_interval,
     area_under_curve,
@@ -64,6 +68,8 @@ from .verdicts import (
     bound_of_part,
     export_refusals,
     finding_of,
+    judge,
+    one_run_of,
     share_interval,
 )
 
@@ -99,7 +105,7 @@ def audit(spec: SampleSpec, owner_store: Store, records: Records, normals: Norma
     personal, sampled = owner_store.get(personal_key), owner_store.get(samples_key)
     findings, copied, notes = upload_findings(spec, normals), list[Copies](), list[str]()
     report(0.2)
-    blind, holdout = None, read_holdout(spec.source, spec.image, spec.classes)
+    blind, rebuilt, holdout = None, None, read_holdout(spec.source, spec.image, spec.classes)
     if holdout is None:
         notes.append(
             "The dataset names no held-out records (spec.source.holdoutPath), so nothing can be told from what was "
@@ -112,6 +118,8 @@ def audit(spec: SampleSpec, owner_store: Store, records: Records, normals: Norma
             personal=denoiser_from_bytes(personal, personal_key, network_of(spec, SIGMA_DATA)),
             samples=read_samples(sampled, samples_key, ARMS, spec.image, spec.classes.count),
         )
+        prior = prior_of(image_set(holdout, evaluate_spec_of(spec)), spec.classes.count)
+        rebuilt = reconstruct(spec, compared, prior, normals)
         control = memorised(spec, compared.few(), lambda share: report(0.2 + 0.6 * share))
         findings += model_findings(spec, compared, models, control)
         copied = [copies_of(target, models.samples, records, holdout, spec) for target in MODELS]
@@ -125,6 +133,8 @@ def audit(spec: SampleSpec, owner_store: Store, records: Records, normals: Norma
         samples_sha256=hashlib.sha256(sampled).hexdigest(),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         findings=tuple(findings),
+        one_run=tuple(one_run_audits(spec, normals)),
+        reconstruction=rebuilt,
         copies=tuple(copied),
         blind=blind,
         notes=tuple(notes),
@@ -137,19 +147,52 @@ def audit(spec: SampleSpec, owner_store: Store, records: Records, normals: Norma
 def upload_findings(spec: SampleSpec, normals: Normals) -> list[Finding]:
     """The best test on fresh releases of made-up images at the worst pair: the promise, as this code keeps it."""
     promise, released = promise_of(spec.privacy, spec.diffusion), release_spec_of(spec)
-    return [
-        finding_of(
-            Target.UPLOAD,
-            each.attack,
-            each.inside_T,
-            each.outside_T,
-            bound_of(promise) if each.mu is None else bound_of_part(each.mu),
-            area_under_curve(control.inside_T, control.outside_T),
-        )
-        for each, control in zip(
-            upload_trials(released, normals), upload_trials(*careless(released, promise, normals)), strict=True
-        )
-    ]
+    findings, (careless, share) = [], without_privacy(released, promise)
+    for part, control in zip(parts_of(released), parts_of(careless), strict=True):
+        bound = bound_of(promise) if part.mu is None else bound_of_part(part.mu)
+        control_auc = area_under_curve(*trials(careless, control, lambda shape: share * normals(shape)))
+        findings.append(finding_of(Target.UPLOAD, part.attack, *trials(released, part, normals), bound, control_auc))
+    return findings
+
+
+def one_run_audits(spec: SampleSpec, normals: Normals) -> list[OneRun]:
+    """One release of a thousand canaries, by the same code: what the surest guesses say of its ε."""
+    released, delta, audits = release_spec_of(spec), float(spec.privacy.delta_or_zero), []
+    for part in parts_of(released):
+        second_N = np.frombuffer(os.urandom(LARGEST_RELEASE), np.uint8) % 2 == 1
+        scores_N = canaries(released, part, second_N, normals)
+        epsilon = float(spec.privacy.epsilon) if part.mu is None else accountant.epsilon_of(part.mu, delta)
+        audits.append(one_run_of(part.attack, scores_N, second_N, epsilon, delta))
+    return audits
+
+
+def reconstruct(spec: SampleSpec, compared: "Compared", prior: ClassGaussian, normals: Normals) -> Reconstruction:
+    """Members as they come back from a release of theirs alone, which is kept nowhere; each beside another member, of
+    which the prior knows as little."""
+    promise, released = promise_of(spec.privacy, spec.diffusion), release_spec_of(spec)
+    values = 1 if promise.mechanism is not Mechanism.SUMMARY else (spec.image.dimensions + 1) // 2
+    size = max(min(len(compared), LARGEST_RELEASE, MOST_VALUES // (values * spec.image.dimensions)), 2)
+    images = compared.at(np.unique(np.linspace(0, len(compared) - 1, size).round().astype(np.int64))).members
+    x_ND, other_ND = images.pixels_ND, images.pixels_ND[next_of_class(images.labels_N)]
+    guess_ND = prior.means_KD[torch.from_numpy(images.labels_N)].numpy()
+
+    def attack(asked: ReleaseSpec, share: float) -> tuple[Estimate, float]:
+        released_ND, estimate_ND = reconstructed(asked, prior, images, normals, share)
+        nearer_N = np.linalg.norm(released_ND - x_ND, axis=1) < np.linalg.norm(released_ND - other_ND, axis=1)
+        return share_interval(int(nearer_N.sum()), len(nearer_N)), gain_db(estimate_ND, guess_ND, x_ND)
+
+    nearer, gain = attack(released, 1.0)
+    control, control_gain = attack(*without_privacy(released, promise, mu=1000, epsilon=100))
+    bound = nearer_bound(released, promise)
+    return Reconstruction(
+        records=len(images),
+        nearer=nearer,
+        nearer_bound=bound,
+        gain_db=gain,
+        control_nearer=control.value,
+        control_gain_db=control_gain,
+        verdict=judge(nearer, None, bound, None, control.value),
+    )
 
 
 def release_spec_of(spec: SampleSpec) -> ReleaseSpec:
@@ -158,12 +201,23 @@ def release_spec_of(spec: SampleSpec) -> ReleaseSpec:
     return ReleaseSpec(**{name: getattr(spec, name) for name in shared}, release=f"prl-{'0' * 40}")
 
 
-def careless(spec: ReleaseSpec, promise: Promise, normals: Normals) -> tuple[ReleaseSpec, Normals]:
-    """The same mechanism without privacy to speak of: μ = 10, or of `privunit` ε = 20."""
+def without_privacy(
+    spec: ReleaseSpec, promise: Promise, mu: float = 10, epsilon: int = 20
+) -> tuple[ReleaseSpec, float]:
+    """The same mechanism without privacy to speak of, and the share of its noise that is drawn: for this μ or, of
+    `privunit`, whose cap is for this ε, all of it."""
     if promise.mu is None:
-        return spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"epsilon": Decimal(20)})}), normals
-    share = min(1.0, promise.mu / 10)
-    return spec, lambda shape: share * normals(shape)
+        privacy = spec.privacy.model_copy(update={"epsilon": Decimal(epsilon)})
+        return spec.model_copy(update={"privacy": privacy}), 1.0
+    return spec, min(1.0, promise.mu / mu)
+
+
+def next_of_class(labels_N: Rows) -> Rows:
+    """For every image the row of another one of its class, each in turn; its own where it is the only one."""
+    rows_N = np.arange(len(labels_N))
+    for label in np.unique(labels_N):
+        rows_N[labels_N == label] = np.roll(np.flatnonzero(labels_N == label), 1)
+    return rows_N
 
 
 # ---- Members and others ----------------------------------------------------------------------------------------

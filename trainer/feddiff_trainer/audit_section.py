@@ -1,9 +1,21 @@
-"""The audit as a section of the owner report."""
+"""The audit, and what was passed on, as sections of the owner report."""
 
 from collections.abc import Sequence
 
 from .pages import Html, bullets, element, paragraph, rows, section, table
-from .verdicts import TITLES, Audit, Copies, Estimate, Finding, Target, Verdict, export_refusals
+from .verdicts import (
+    TITLES,
+    Audit,
+    Copies,
+    Estimate,
+    Export,
+    Finding,
+    OneRun,
+    Reconstruction,
+    Target,
+    Verdict,
+    export_refusals,
+)
 
 COLUMNS = ["", "Records", "AUC", "bound", "Found at 1% false alarms", "bound", "Control", "Verdict"]
 MARKS = {Verdict.ABOVE: "worse", Verdict.WITHIN: "better", Verdict.SILENT: "empty"}
@@ -32,6 +44,8 @@ def audit_section(audit: Audit | None) -> Html:
             "noise: where it does not reach 0.8, the attack says nothing."
         ),
         table("Attacks, with the limits of their intervals", COLUMNS, *groups, text=["Verdict"]),
+        *([_one_run(audit.one_run)] if audit.one_run else []),
+        *([] if audit.reconstruction is None else [_reconstruction(audit.reconstruction)]),
         *([_copies(audit.copies)] if audit.copies else []),
         _passing_on(audit),
         bullets(_notes(audit), cls="note"),
@@ -66,6 +80,48 @@ def _share(estimate: Estimate) -> str:
     return f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
 
 
+def _one_run(runs: Sequence[OneRun]) -> Html:
+    lines = [
+        [
+            run.attack,
+            f"{run.correct:,} of {run.guesses:,}",
+            f"{run.epsilon_low:.2f}",
+            f"{run.epsilon_bound:.2f}",
+            f"{run.ceiling:.2f}",
+            element("td", run.verdict.value, cls=f"text {MARKS.get(run.verdict, '')}".strip()),
+        ]
+        for run in runs
+    ]
+    return table(
+        f"One release of {runs[0].canaries:,} made-up images, each one of two by a fair coin: ε per image at "
+        f"δ = {runs[0].delta:g}, k = 1 release, that the surest guesses show",
+        ["", "Right guesses", "ε at least", "bound", "most it could show", "Verdict"],
+        rows(lines),
+        text=["Verdict"],
+    )
+
+
+def _reconstruction(found: Reconstruction) -> Html:
+    lines = [
+        [
+            f"{found.records:,} of your records",
+            _share(found.nearer),
+            f"{found.nearer_bound:.1%}",
+            f"{found.control_nearer:.1%}",
+            f"{found.gain_db:.2f} dB",
+            f"{found.control_gain_db:.2f} dB",
+            element("td", found.verdict.value, cls=f"text {MARKS.get(found.verdict, '')}".strip()),
+        ]
+    ]
+    return table(
+        "What is released of one record, to somebody who knows all others and the distribution: how often it is nearer "
+        "to that record than to another of its class, and what an estimate from it gains over one without",
+        ["", "Nearer to itself", "bound", "Control", "Gain", "Control's gain", "Verdict"],
+        rows(lines),
+        text=["Verdict"],
+    )
+
+
 def _copies(copies: Sequence[Copies]) -> Html:
     lines = [[TITLES[each.target].capitalize(), _share(each.third), _share(each.half)] for each in copies]
     return table(
@@ -95,3 +151,34 @@ def _notes(audit: Audit) -> list[str]:
     if audit.blind is not None:
         lines.append(f"A denoiser that was trained on nothing has AUC {_area(audit.blind)}; 0.5 is as it should be.")
     return [*lines, *audit.notes, f"Audited {audit.finished_at}."]
+
+
+def exports_section(exports: Sequence[Export]) -> list[Html]:
+    """What left the owner's store to be passed on; nothing where nothing did."""
+    if not exports:
+        return []
+    lines = [
+        [
+            each.exported_at,
+            element("td", each.what, cls="text"),
+            element("td", _why(each), cls="text"),
+            element("td", element("code", each.sha256, cls="hash"), cls="text"),
+        ]
+        for each in exports
+    ]
+    columns = ["When", "What", "Why it could", "SHA-256"]
+    return [
+        section(
+            "What was passed on",
+            paragraph(
+                "Copies that left your store by ", element("code", "feddiff export"), ". No promise covers them."
+            ),
+            table("Personal denoisers and samples that were exported", columns, rows(lines), text=columns[1:]),
+        )
+    ]
+
+
+def _why(export: Export) -> str:
+    if not export.refusals:
+        return "its audit passed"
+    return f"the owner overrode the audit: {export.override} (against it: {'; '.join(export.refusals)})"

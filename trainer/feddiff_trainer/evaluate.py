@@ -33,7 +33,7 @@ from .released import GaussianRelease, PrivunitRelease, Release, Terms, read_rel
 from .report import class_name
 from .stage import report_progress, run_stage
 from .stores import Store, open_store
-from .verdicts import Audit
+from .verdicts import Audit, Export
 
 SEED = 0  # of the classifier and of draws for pictures: nothing is protected by it
 MEASURES_BY_KEY = {measure.key: measure for measure in MEASURES}
@@ -68,6 +68,7 @@ def write_report(
         minority=minority_of(spec),
         gallery=gallery_of(spec, records, samples, own_release(open_store(spec.federation_store, "federation"), spec)),
         audit=read_audit(owner_store, spec),
+        exports=read_exports(owner_store, spec),
     )
     owner_store.put(layout.owner_report(spec.job.uid, spec.client), owner_page(report))
 
@@ -89,6 +90,13 @@ def read_audit(owner_store: Store, spec: EvaluateSpec) -> Audit | None:
     audit = Audit.model_validate_json(owner_store.get(key))
     samples = owner_store.get(layout.samples(spec.job.uid, spec.client))
     return audit if audit.samples_sha256 == hashlib.sha256(samples).hexdigest() else None
+
+
+def read_exports(owner_store: Store, spec: EvaluateSpec) -> list[Export]:
+    """What was passed on of this job, oldest first."""
+    keys = owner_store.list(layout.exports_prefix(spec.job.uid, spec.client))
+    found = [Export.model_validate_json(owner_store.get(key)) for key in keys]
+    return sorted(found, key=lambda export: export.exported_at)
 
 
 def evaluate(spec: EvaluateSpec, promise: Promise, records: Records, samples: LabelledImages) -> Evaluation:

@@ -13,7 +13,7 @@ from feddiff_protocol.api import ClassesSpec
 from feddiff_protocol.promise import Promise
 from feddiff_protocol.stages import EvaluateSpec
 
-from .audit_section import audit_section
+from .audit_section import audit_section, exports_section
 from .evaluation import (
     ARMS,
     BASELINE,
@@ -31,7 +31,7 @@ from .evaluation import (
 from .pages import Banner, Html, Page, bullets, definitions, element, joined, paragraph, render, rows, section, table
 from .pictures import Picture, Pixels, bar, grid, image
 from .report import attack_sentence, class_name, num, tidy
-from .verdicts import Audit
+from .verdicts import Audit, Export
 
 COMPARED = [measure for measure in MEASURES if measure.key in ("recall", "frechet", "coverage", "copies_half")]
 MISSING_ROWS = 6
@@ -81,6 +81,7 @@ class OwnerReport:
     minority: Sequence[int]
     gallery: Gallery
     audit: Audit | None = None
+    exports: Sequence[Export] = ()
 
 
 def owner_page(report: OwnerReport) -> bytes:
@@ -98,6 +99,7 @@ def owner_page(report: OwnerReport) -> bytes:
             *_jobs(report),
             _promise(report),
             audit_section(report.audit),
+            *exports_section(report.exports),
             _how(report),
         ],
         footer=f"Client {report.spec.client}, job {job.namespace}/{job.name}, uid {job.uid}; {evaluation.finished_at}",

@@ -22,9 +22,11 @@ from feddiff_protocol.stages import JobReference, Sha256
 
 from .noise import Float64
 
+ONE_RUN_CONFIDENCE = 0.95  # the paper's: its ε is far below the truth as it is
 CONFIDENCE = 0.999  # of every interval: of fifty together, all hold in 95 audits of a hundred and more
 FALSE_POSITIVE_RATE = 0.01
 FEWEST_OTHERS = 100  # non-members from which a true-positive rate at 1 % false positives can be told
+GUESSED = 0.1  # of the canaries: the surest guesses on which an ε is based
 FIRES = 0.8  # AUC of an attack on its control from which the attack counts as one that works
 
 
@@ -84,6 +86,34 @@ class Copies(Wire):
     half: Estimate
 
 
+class OneRun(Wire):
+    """Canaries, each one of two images by a fair coin, in one release: how many of the surest guesses were right, and
+    the ε that so many take. `ceiling`: the most that so many guesses could have shown."""
+
+    attack: str
+    canaries: int
+    guesses: int
+    correct: int
+    epsilon_low: float
+    ceiling: float
+    epsilon_bound: float
+    delta: float
+    verdict: Verdict
+
+
+class Reconstruction(Wire):
+    """Images and what is released of each: how often that is nearer to its image than to another one of the class, and
+    by how many dB an estimate from it beats a guess without the release. `control…`: with next to no noise."""
+
+    records: int
+    nearer: Estimate
+    nearer_bound: float
+    gain_db: float
+    control_nearer: float
+    control_gain_db: float
+    verdict: Verdict
+
+
 class Audit(Wire):
     """One owner's audit of one job. Depends on the owner's records: it stays in the owner's store."""
 
@@ -91,19 +121,26 @@ class Audit(Wire):
     job: JobReference
     client: Name
     records_sha256: Sha256
-    personal_sha256: Sha256  # of the denoiser that was attacked
+    personal_sha256: Sha256  # of the denoiser that was attacked, as it lies in the store
     samples_sha256: Sha256
     finished_at: str  # UTC, ISO 8601
     confidence: float = CONFIDENCE
     findings: tuple[Finding, ...]
+    one_run: tuple[OneRun, ...] = ()
+    reconstruction: Reconstruction | None = None  # None: no held-out records
     copies: tuple[Copies, ...] = ()
     blind: Estimate | None = None  # AUC of a denoiser that was trained on nothing; 0.5 unless the held-out ones differ
     notes: tuple[Annotated[str, Field(max_length=500)], ...] = ()
 
     @property
-    def above(self) -> list[Finding]:
+    def above(self) -> list[str]:
         """The attacks that did better than the release's charge allows."""
-        return [finding for finding in self.findings if finding.verdict is Verdict.ABOVE]
+        runs = [
+            f"{TITLES[Target.UPLOAD]}, one run, {each.attack}" for each in self.one_run if each.verdict is Verdict.ABOVE
+        ]
+        if self.reconstruction is not None and self.reconstruction.verdict is Verdict.ABOVE:
+            runs.append(f"{TITLES[Target.UPLOAD]}, reconstruction")
+        return [named(finding) for finding in self.findings if finding.verdict is Verdict.ABOVE] + runs
 
 
 # ---- Scores to findings ----------------------------------------------------------------------------------------
@@ -213,7 +250,67 @@ def judge(
     return Verdict.NO_PROMISE if auc_bound is None else Verdict.WITHIN
 
 
+# ---- One run -----------------------------------------------------------------------------------------------------
+
+
+def one_run_of(attack: str, scores_N: Float64, second_N: np.ndarray, epsilon: float, delta: float) -> OneRun:
+    """What the guesses on one release show. The surest GUESSED of them count, the others abstain: about the middle of
+    all scores, the half above is guessed to be the second image."""
+    centred_N = scores_N - np.median(scores_N)
+    surest = np.argsort(-np.abs(centred_N), kind="stable")[: max(1, round(GUESSED * len(scores_N)))]
+    correct, size = int(((centred_N > 0) == second_N)[surest].sum()), len(scores_N)
+    low = one_run_epsilon(size, len(surest), correct, delta)
+    return OneRun(
+        attack=attack,
+        canaries=size,
+        guesses=len(surest),
+        correct=correct,
+        epsilon_low=low,
+        ceiling=one_run_epsilon(size, len(surest), len(surest), delta),
+        epsilon_bound=epsilon,
+        delta=delta,
+        verdict=Verdict.ABOVE if low > epsilon else Verdict.WITHIN,
+    )
+
+
+def one_run_epsilon(
+    canaries: int, guesses: int, correct: int, delta: float, confidence: float = ONE_RUN_CONFIDENCE
+) -> float:
+    """The largest ε that so many correct guesses refute at δ, 0 if none (Steinke, Nasr & Jagielski 2023)."""
+
+    def excess(epsilon: float) -> float:
+        return one_run_p_value(canaries, guesses, correct, epsilon, delta) - (1 - confidence)
+
+    if excess(0.0) >= 0:
+        return 0.0
+    high = 1.0
+    while excess(high) < 0:
+        high *= 2
+    return float(optimize.brentq(excess, 0.0, high))
+
+
+def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
+    """An upper limit of P(at least so many correct guesses) under (ε, δ): β + 2·m·δ·α, with β = P(V ≥ v) for
+    V ~ Bin(r, e^ε/(1 + e^ε)) and α = max over i ≥ 1 of P(v - i ≤ V < v)/i."""
+    accuracy = 1 / (1 + math.exp(-epsilon))
+    beta = float(stats.binom.sf(correct - 1, guesses, accuracy))
+    below_i = np.cumsum(stats.binom.pmf(np.arange(correct - 1, -1, -1), guesses, accuracy))
+    alpha = float((below_i / np.arange(1, correct + 1)).max(initial=0.0))
+    return min(beta + 2 * canaries * delta * alpha, 1.0)
+
+
 # ---- May it be passed on? ----------------------------------------------------------------------------------------
+
+
+class Export(Wire):
+    """A copy of a personal denoiser, or of its samples, that left the owner's store."""
+
+    format: Literal["feddiff.export/1"] = "feddiff.export/1"
+    what: Literal["denoiser", "samples"]
+    sha256: Sha256  # of what was copied, as it lies in the store
+    exported_at: str  # UTC, ISO 8601
+    refusals: tuple[str, ...] = ()  # what spoke against it
+    override: str = ""  # why the owner did it all the same
 
 
 def export_refusals(audit: Audit) -> list[str]:
@@ -224,7 +321,7 @@ def export_refusals(audit: Audit) -> list[str]:
     """
     own = [finding for finding in audit.findings if finding.target not in PROMISED]
     reasons = [] if own else ["the personal denoiser was not attacked"]
-    reasons += [f"{named(finding)}: above its bound" for finding in audit.above]
+    reasons += [f"{each}: above its bound" for each in audit.above]
     for finding in own:
         if finding.verdict is Verdict.SILENT:
             reasons.append(f"{named(finding)}: finds nothing in a model that memorised its records, so it says nothing")

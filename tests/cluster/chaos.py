@@ -36,7 +36,7 @@ OWNERS = ("clinic-a", "clinic-b")
 DIGITS = 4  # of ten: every stage is short
 LOOK_SECONDS = 0.2
 BATCH = 64
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 900.0
 JOBS = "/apis/feddiff.dev/v1alpha1/namespaces/research/federateddiffusionjobs"
 
 
@@ -513,8 +513,8 @@ FAULTS = (
     Fault("five at once", five_at_once, any_attempts=True, in_ci=True),
     Fault("client pods killed during upload", clients_killed_during_upload, {RELEASE_A: 2, RELEASE_B: 2}),
     Fault("one rank killed", one_rank_killed, {SHARED: 2}),
-    Fault("both ranks killed", both_ranks_killed, {SHARED: 2}, shared_images=600_000),
-    Fault("operator killed 20 times", operator_killed, shared_images=600_000),
+    Fault("both ranks killed", both_ranks_killed, {SHARED: 2}, shared_images=2_000_000),
+    Fault("operator killed 20 times", operator_killed, shared_images=4_000_000),
     Fault("API server killed", api_server_killed),
     Fault("object store gone for a minute", store_gone_for_a_minute, any_attempts=True),
     Fault("full disk", full_disk, {RELEASE_A: 2}, dataset_a="on-disk"),

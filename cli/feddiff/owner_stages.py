@@ -212,9 +212,11 @@ def audit_lines(answer: dict[str, Any]) -> list[str]:
     ]
     if rebuilt := answer.get("reconstruction"):
         lines.append(
-            "reconstruction: {value:.1%} ({low:.1%} to {high:.1%}) of what is released is nearer to its image than to another"
-            " of its class, bound {nearerBound:.1%}, control {controlNearer:.1%}; {gainDb:.2f} dB more than without the"
-            " upload, control {controlGainDb:.2f} dB: {verdict}".format(**rebuilt, **rebuilt["nearer"])
+            "reconstruction: what is released is nearer to its image than to another of its class in {value:.1%}"
+            " ({low:.1%} to {high:.1%}), bound {nearerBound:.1%}, control {controlNearer:.1%}; an estimate gains"
+            " {gainDb:.2f} dB by the release, control {controlGainDb:.2f} dB: {verdict}".format(
+                **rebuilt, **rebuilt["nearer"]
+            )
         )
     lines += [
         "copies among the samples of {}: {third} below ⅓, {half} below ½".format(

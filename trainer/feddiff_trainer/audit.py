@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -212,7 +212,7 @@ def without_privacy(
     return spec, min(1.0, promise.mu / mu)
 
 
-def next_of_class(labels_N: Rows) -> Rows:
+def next_of_class(labels_N: npt.NDArray[np.integer[Any]]) -> Rows:
     """For every image the row of another one of its class, each in turn; its own where it is the only one."""
     rows_N = np.arange(len(labels_N))
     for label in np.unique(labels_N):

@@ -33,8 +33,10 @@ from feddiff_protocol.api import API_VERSION, FederatedDiffusionJob, parse_docum
 from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, FeddiffError, SpecInvalid
 from feddiff_protocol.plan import Observed, plan
 from feddiff_protocol.promise import promise_of
+from feddiff_protocol.stages import JobReference
 from feddiff_trainer.check import CheckSpec, check
 from feddiff_trainer.store_probes import failed
+from feddiff_trainer.verdicts import Audit, Copies, Estimate, Finding, Reconstruction, Target, Verdict, one_run_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -209,6 +211,47 @@ def test_check_keys_are_on_the_page(tmp_path: Path) -> None:
     )
     said = {"notice": "", "datasets": {job.first_dataset.key: answer}}
     assert missing_keys("check", said, CLI, frozenset({"datasets", "normQuantiles", "tensors"})) == set()
+
+
+def test_audit_keys_are_on_the_page() -> None:
+    """Of an audit that found something everywhere: what is left out would hide its keys."""
+    estimate = Estimate(value=0.5, low=0.4, high=0.6)
+    finding = Finding(
+        target=Target.UPLOAD,
+        attack="a",
+        members=100,
+        others=100,
+        auc=estimate,
+        auc_bound=0.9,
+        tpr=estimate,
+        tpr_bound=0.9,
+        control_auc=1.0,
+        verdict=Verdict.WITHIN,
+    )
+    found = Audit(
+        job=JobReference(uid="uid-00000001", name="j", namespace="n"),
+        client="a",
+        records_sha256="a" * 64,
+        personal_sha256="a" * 64,
+        samples_sha256="a" * 64,
+        finished_at="",
+        findings=(finding,),
+        one_run=(one_run_of("a", np.zeros(20), np.zeros(20, np.bool_), 1.0, 1e-5),),
+        reconstruction=Reconstruction(
+            records=1,
+            nearer=estimate,
+            nearer_bound=0.6,
+            gain_db=0.1,
+            control_nearer=1.0,
+            control_gain_db=9.0,
+            verdict=Verdict.WITHIN,
+        ),
+        copies=(Copies(target=Target.BOTH, third=estimate, half=estimate),),
+        blind=estimate,
+    )
+    said = {"notice": "", "clients": {"a": found.to_wire() | {"exportRefusals": []}}}
+    assert missing_keys("audit", said, CLI, frozenset({"clients"})) == set()
+    assert missing_keys("audit", said, CLI.replace("`aucBound`", "`limit`"), frozenset({"clients"})) == {"aucBound"}
 
 
 def test_keys_of_a_store_check_are_on_the_page() -> None:

@@ -582,5 +582,74 @@ def sample(
     print(f"wrote {out}: not private, for the owner of client {client} only")
 
 
+@app.command(short_help="For a data owner: what attacks find in a finished run.")
+def audit(
+    folder: RunDir,
+    client: Annotated[str | None, typer.Option(metavar="NAME", help="The owner to audit; default: every one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """For a data owner: attack a finished run's release and denoisers, and hold what is found against its bound.
+
+    The answer depends on the records. Keep it. Ends with 77 where an attack does better than the promise allows.
+    """
+    from .owner_stages import AUDIT_COLUMNS, attacks_above, audit_lines, audit_rows, audit_run, clients_of
+    from .progress import bar
+    from .run_folder import RunFolder
+    from .tables import print_table, say
+
+    run_folder, answers = RunFolder(folder), {}
+    for name in clients_of(run_folder, client):
+        with bar(f"audit {name}") as told:
+            answers[name] = audit_run(run_folder, name, told)
+    private = "PRIVATE: for the owner of these records only; attacks read them, and say who is among them"
+    if as_json:
+        print_json({"notice": private, "clients": answers})
+    else:
+        print(private)
+        for name, answer in answers.items():
+            say(console(), f"\n{name}")
+            print_table(console(), AUDIT_COLUMNS, audit_rows(answer))
+            for line in audit_lines(answer):
+                say(console(), f"  {line}")
+    above = [f"client {name}: {each}" for name, answer in answers.items() for each in attacks_above(answer)]
+    for each in above:
+        print(f"feddiff: {each}: a bug of ours; release nothing more with it, and report it", file=sys.stderr)
+    if above:
+        raise typer.Exit(PRIVACY_REFUSED)
+    if not as_json:
+        say_next(f"feddiff report {quoted(folder)}")
+
+
+class Exported(StrEnum):
+    """What an owner may pass on of its own."""
+
+    DENOISER = "denoiser"
+    SAMPLES = "samples"
+
+
+@app.command(short_help="For a data owner: pass on a personal denoiser or its samples.")
+def export(
+    what: Annotated[Exported, typer.Argument(metavar="WHAT", help="denoiser or samples.")],
+    folder: RunDir,
+    client: Annotated[str, typer.Option(metavar="NAME", help="The owner whose it is.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="A new .safetensors (denoiser) or .npz (samples) file.")],
+    override: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Although the audit speaks against it; put on record.")
+    ] = None,
+) -> None:
+    """For a data owner: copy a personal denoiser or its samples out of the owner's store, to pass them on.
+
+    They are not private, no promise covers them. Refused (77) unless their audit passed or --override says why not.
+    """
+    from .owner_stages import export_result
+    from .run_folder import RunFolder
+
+    if override is not None and not override.strip():
+        raise UsageInvalid("--override: expected the owner's reason, found none; it goes on record")
+    answer = export_result(RunFolder(folder), what.value, client, out, override or "")
+    said = f"overridden: {len(answer['refusals'])} reasons against it" if answer["refusals"] else "its audit passed"
+    print(f"wrote {out} ({said}); on record in the store and the report of the owner of client {client}")
+
+
 if __name__ == "__main__":
     main()

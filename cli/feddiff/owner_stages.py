@@ -1,10 +1,12 @@
-"""Single processes of the trainer that an owner asks for outside a run: checking records, drawing more samples."""
+"""Single processes of the trainer that an owner asks for outside a run: checking records, drawing more samples,
+attacking what a run left, passing it on."""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from .documents import LocalDataset
 from .processes import RECEIPT_VARIABLE
 from .run_folder import RunFolder
 
-CHECK_MODULE = "feddiff_trainer.check"
+CHECK_MODULE, AUDIT_MODULE, EXPORT_MODULE = "feddiff_trainer.check", "feddiff_trainer.audit", "feddiff_trainer.export"
+Told = Callable[[int, int], None]  # done, total
 
 
 class StageFailed(FeddiffError):
@@ -53,16 +56,8 @@ def check_records(dataset: LocalDataset, job: FederatedDiffusionJob | None) -> d
 
 def draw_samples(folder: RunFolder, client: str, images_per_class: int, out: Path) -> None:
     """`out` holds further samples, drawn with a finished run's denoisers for one owner. Private to that owner."""
-    if out.suffix != ".npz":
-        raise UsageInvalid(f"--out: expected a file that ends in .npz, found {out}")
-    if out.exists():
-        raise OutputFailed(f"--out: {out} exists; name a new file")
-    if not out.resolve().parent.is_dir():
-        raise OutputFailed(f"--out: {out.resolve().parent} is no folder; make it first")
-    known = [each.name for each in folder.record().job.spec.clients]
-    if client not in known:
-        raise UsageInvalid(f"--client: expected one of {', '.join(known)}, found {client}")
-    spec = _finished_sample_spec(folder, client)
+    _check_new_file(out, ".npz")
+    spec = finished_sample_spec(folder, *clients_of(folder, client))
     sampling = spec.sampling.to_wire() | {"imagesPerClass": images_per_class}
     changed = spec.to_wire() | {"sampling": sampling, "output": str(out.resolve())}
     checked = parse(SampleSpec, changed, "--images-per-class")
@@ -72,7 +67,49 @@ def draw_samples(folder: RunFolder, client: str, images_per_class: int, out: Pat
         run_module(Stage.SAMPLE.module, path)
 
 
-def _finished_sample_spec(folder: RunFolder, client: str) -> SampleSpec:
+def audit_run(folder: RunFolder, client: str, told: Told) -> dict[str, Any]:
+    """What attacks find in one owner's run. Private to that owner, in whose store and report it now is."""
+    spec = finished_sample_spec(folder, client)
+    with tempfile.TemporaryDirectory(prefix="feddiff-") as temporary:
+        path = Path(temporary) / "spec.json"
+        path.write_text(json.dumps(spec.to_wire()))
+        answer: dict[str, Any] = json.loads(run_module(AUDIT_MODULE, path, told))
+    return answer
+
+
+def export_result(folder: RunFolder, what: str, client: str, out: Path, override: str) -> dict[str, Any]:
+    """`out` holds a copy of the owner's personal denoiser or its samples, and the owner's store says so."""
+    suffix = {"denoiser": ".safetensors", "samples": ".npz"}[what]
+    _check_new_file(out, suffix)
+    spec = finished_sample_spec(folder, *clients_of(folder, client))
+    asked = {"run": spec.to_wire(), "what": what, "out": str(out.resolve()), "override": override}
+    with tempfile.TemporaryDirectory(prefix="feddiff-") as temporary:
+        path = Path(temporary) / "spec.json"
+        path.write_text(json.dumps(asked))
+        answer: dict[str, Any] = json.loads(run_module(EXPORT_MODULE, path))
+    return answer
+
+
+def _check_new_file(out: Path, suffix: str) -> None:
+    if out.suffix != suffix:
+        raise UsageInvalid(f"--out: expected a file that ends in {suffix}, found {out}")
+    if out.exists():
+        raise OutputFailed(f"--out: {out} exists; name a new file")
+    if not out.resolve().parent.is_dir():
+        raise OutputFailed(f"--out: {out.resolve().parent} is no folder; make it first")
+
+
+def clients_of(folder: RunFolder, client: str | None) -> list[str]:
+    """The client that was asked for, or all of the run's. Raises UsageInvalid for one that it does not have."""
+    known = [each.name for each in folder.record().job.spec.clients]
+    if client is None:
+        return known
+    if client not in known:
+        raise UsageInvalid(f"--client: expected one of {', '.join(known)}, found {client}")
+    return [client]
+
+
+def finished_sample_spec(folder: RunFolder, client: str) -> SampleSpec:
     """The spec with which the run drew its own samples."""
     key: StageKey = (Stage.SAMPLE, client)
     attempt, record = folder.newest_attempt(key), folder.record()
@@ -85,17 +122,37 @@ def _finished_sample_spec(folder: RunFolder, client: str) -> SampleSpec:
     return parse(SampleSpec, json.loads(path.read_text()), str(path))
 
 
-def run_module(module: str, spec: Path) -> str:
-    """stdout of one process of the trainer. Raises StageFailed with its last words and its code."""
+def run_module(module: str, spec: Path, told: Told = lambda done, total: None) -> str:
+    """stdout of one process of the trainer; its progress is `told`. Raises StageFailed with its last words and code."""
     environment = {**os.environ, RECEIPT_VARIABLE: str(spec.with_name("receipt.json"))}
     command = [sys.executable, "-m", module, str(spec)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
-    if done.returncode == 0:
-        return done.stdout
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("{")]
-    known = done.returncode in FINAL_EXIT_CODES | RETRIED_EXIT_CODES
+    with (
+        spec.with_name("stdout").open("w+") as stdout,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stderr is not None
+        lines = list(_without_progress(process.stderr, told))
+        code = process.wait()
+        stdout.seek(0)
+        answer = stdout.read()
+    if code == 0:
+        return answer
+    known = code in FINAL_EXIT_CODES | RETRIED_EXIT_CODES
     words = lines[-1].removeprefix("feddiff: ") if known and lines else "\n".join(lines) or "no message"
-    raise StageFailed(words, done.returncode if known else 1)
+    raise StageFailed(words, code if known else 1)
+
+
+def _without_progress(stderr: Iterable[str], told: Told) -> Iterator[str]:
+    """The lines that are no events; those of progress are told at once."""
+    for line in stderr:
+        if line.startswith("{"):
+            event = json.loads(line)
+            if event.get("event") == "progress":
+                told(event["done"], event["total"])
+        elif line.strip():
+            yield line.rstrip("\n")
 
 
 def check_lines(answer: dict[str, Any]) -> list[str]:
@@ -119,3 +176,71 @@ def check_lines(answer: dict[str, Any]) -> list[str]:
         shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in released["tensors"].items())
         lines.append(f"a release would hold {shapes} ({released['bytes']:,} bytes)")
     return lines
+
+
+# ---- The answer of an audit in words ---------------------------------------------------------------------------
+
+
+def audit_rows(answer: dict[str, Any]) -> list[list[str]]:
+    """A row per attack, under AUDIT_COLUMNS."""
+    return [
+        [
+            each["target"],
+            each["attack"] + (", minority" if each["group"] == "minority" else ""),
+            f"{each['members']} + {each['others']}",
+            "{value:.3f} ({low:.3f} to {high:.3f})".format(**each["auc"]),
+            f"{each['aucBound']:.3f}",
+            "{value:.1%} ({low:.1%} to {high:.1%})".format(**each["tpr"]) if "tpr" in each else "",
+            f"{each['tprBound']:.1%}" if "tprBound" in each else "",
+            f"{each['controlAuc']:.2f}",
+            each["verdict"],
+        ]
+        for each in answer["findings"]
+    ]
+
+
+ABOVE = "above its bound"  # feddiff_trainer.verdicts.Verdict.ABOVE, as the answer says it
+AUDIT_COLUMNS = ("target", "attack", "records", "AUC", "bound", "found at 1 %", "bound", "control", "verdict")
+
+
+def audit_lines(answer: dict[str, Any]) -> list[str]:
+    """What follows the table."""
+    lines = [
+        "one run, {attack}: {correct} of {guesses} guesses right, ε ≥ {epsilonLow:.2f} per image at δ = {delta:g} and"
+        " k = 1 release; bound {epsilonBound:.2f}, could show {ceiling:.2f}: {verdict}".format(**each)
+        for each in answer["oneRun"]
+    ]
+    if rebuilt := answer.get("reconstruction"):
+        lines.append(
+            "reconstruction: what is released is nearer to its image than to another of its class in {value:.1%}"
+            " ({low:.1%} to {high:.1%}), bound {nearerBound:.1%}, control {controlNearer:.1%}; an estimate gains"
+            " {gainDb:.2f} dB by the release, control {controlGainDb:.2f} dB: {verdict}".format(
+                **rebuilt, **rebuilt["nearer"]
+            )
+        )
+    lines += [
+        "copies among the samples of {}: {third} below ⅓, {half} below ½".format(
+            each["target"], **{name: f"{each[name]['value']:.1%}" for name in ("third", "half")}
+        )
+        for each in answer["copies"]
+    ]
+    refusals = answer["exportRefusals"]
+    lines += answer["notes"]
+    lines += [f"do not pass on the personal denoiser: {reason}" for reason in refusals]
+    return lines or ["nothing to add"]
+
+
+def attacks_above(answer: dict[str, Any]) -> list[str]:
+    """The attacks that did better than the promise allows, in words."""
+    found = [
+        f"{each['attack']} on {each['target']}: AUC {each['auc']['value']:.3f}, bound {each['aucBound']:.3f}"
+        for each in answer["findings"]
+        if each["verdict"] == ABOVE
+    ]
+    found += [
+        f"one run, {each['attack']}: ε ≥ {each['epsilonLow']:.2f} per image, bound {each['epsilonBound']:.2f}"
+        for each in answer["oneRun"]
+        if each["verdict"] == ABOVE
+    ]
+    rebuilt = answer.get("reconstruction", {"verdict": ""})
+    return found + (["reconstruction from the upload"] if rebuilt["verdict"] == ABOVE else [])

@@ -1,6 +1,8 @@
 """What a run shows while it works: bars on a terminal, else one structured line per event."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -146,3 +148,15 @@ class Bars:
         self._progress.console.print(f"  {mark} {label(key)}", highlight=False)
         if seen.phase is StagePhase.FAILED:
             self._console.print(f"    exit code {seen.exit_code}: {seen.message}", markup=False, highlight=False)
+
+
+@contextmanager
+def bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """To be told (done, total) of one process: a bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task(description, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)

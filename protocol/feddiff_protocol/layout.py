@@ -88,3 +88,11 @@ def evaluation(job_uid: str, client: str) -> str:
 
 def owner_report(job_uid: str, client: str) -> str:
     return f"{owner_prefix(job_uid, client)}owner-report.html"
+
+
+def audit(job_uid: str, client: str) -> str:
+    return f"{owner_prefix(job_uid, client)}audit.json"
+
+
+def exports_prefix(job_uid: str, client: str) -> str:
+    return f"{owner_prefix(job_uid, client)}exports/"

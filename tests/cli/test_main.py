@@ -432,3 +432,134 @@ def test_an_unexpected_error_is_our_bug_with_a_traceback(world: Any) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+# ---- audit -------------------------------------------------------------------------------------------------------
+
+
+ESTIMATE = {"value": 0.841, "low": 0.83, "high": 0.85}
+FINDING = {
+    "target": "upload",
+    "attack": "matched filter",
+    "group": "all",
+    "members": 10_000,
+    "others": 10_000,
+    "auc": ESTIMATE,
+    "aucBound": 0.842,
+    "tpr": ESTIMATE,
+    "tprBound": 0.85,
+    "controlAuc": 1.0,
+    "verdict": "within its bound",
+}
+ONE_RUN = {"attack": "a", "canaries": 1000, "guesses": 100, "correct": 100, "epsilonLow": 2.5, "ceiling": 2.5}
+ONE_RUN |= {"epsilonBound": 2.0, "delta": 1e-5, "verdict": "above its bound"}
+AUDIT = {
+    "findings": [FINDING],
+    "oneRun": [],
+    "copies": [],
+    "notes": [],
+    "exportRefusals": ["the personal denoiser was not attacked"],
+}
+
+
+def trainer_that_answers(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    from feddiff import owner_stages
+
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def run_module(module: str, path: Path, told: Any = None) -> str:
+        asked.append((module, json.loads(path.read_text())))
+        return json.dumps(answer)
+
+    monkeypatch.setattr(owner_stages, "run_module", run_module)
+    return asked
+
+
+def test_audit_asks_the_trainer_for_every_owner_and_says_first_that_it_is_private(
+    feddiff: Any, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run(world.job(), world.stages())
+    asked = trainer_that_answers(monkeypatch, AUDIT)
+    code, out, err = feddiff("audit", world.path / "run")
+    assert (code, [(module, spec["client"]) for module, spec in asked]) == (
+        0,
+        [("feddiff_trainer.audit", c) for c in "ab"],
+    ), err
+    assert out.startswith("PRIVATE") and "within its bound" in out and "0.841 (0.830 to 0.850)" in out
+    assert "do not pass on the personal denoiser: the personal denoiser was not attacked" in out
+    code, out, _ = feddiff("audit", world.path / "run", "--client", "b", "--json")
+    assert (code, list(json.loads(out)["clients"]), len(asked)) == (0, ["b"], 3)
+
+
+def test_an_attack_above_its_bound_ends_with_77_after_the_whole_answer(
+    feddiff: Any, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run(world.job(), world.stages())
+    red = {"findings": [FINDING, FINDING | {"verdict": "above its bound"}], "oneRun": [ONE_RUN]}
+    trainer_that_answers(monkeypatch, AUDIT | red)
+    code, out, err = feddiff("audit", world.path / "run", "--client", "a", "--json")
+    assert (code, len(json.loads(out)["clients"]["a"]["findings"])) == (77, 2)
+    assert "client a: matched filter on upload: AUC 0.841, bound 0.842: a bug of ours" in err
+    assert "client a: one run, a: ε ≥ 2.50 per image, bound 2.00: a bug of ours" in err
+
+
+def test_audit_wants_a_finished_run_and_a_known_client(feddiff: Any, world: Any) -> None:
+    from feddiff_protocol.stages import Stage
+
+    world.run(world.job(), world.stages(lambda spec: "exit 65" if spec.stage is Stage.SAMPLE else None))
+    for client, code, words in (("z", 64, "expected one of a, b, found z"), ("a", 66, "has no samples yet")):
+        found, _, err = feddiff("audit", world.path / "run", "--client", client)
+        assert (found, words in err) == (code, True), err
+
+
+def test_what_a_process_of_the_trainer_says_on_its_way_is_told_at_once(tmp_path: Path) -> None:
+    from feddiff import owner_stages
+
+    script = 'import sys\nprint(\'{"event": "progress", "done": 3, "total": 9}\', file=sys.stderr)\nprint("answer")'
+    (tmp_path / "a_module.py").write_text(script)
+    told: list[tuple[int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        assert (
+            owner_stages.run_module("a_module", tmp_path / "spec.json", lambda *seen: told.append(seen)) == "answer\n"
+        )
+    assert told == [(3, 9)]
+
+
+# ---- export ------------------------------------------------------------------------------------------------------
+
+
+def test_export_asks_the_trainer_for_the_owner_and_says_what_is_on_record(
+    feddiff: Any, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run(world.job(), world.stages())
+    asked = trainer_that_answers(monkeypatch, {"refusals": ["one", "two"]})
+    out = world.path / "p.safetensors"
+    code, said, err = feddiff(
+        "export", "denoiser", world.path / "run", "--client", "b", "--out", out, "--override", "they are public"
+    )
+    assert (code, "overridden: 2 reasons against it" in said) == (0, True), err
+    ((module, spec),) = asked
+    assert module == "feddiff_trainer.export" and spec["run"]["client"] == "b"
+    assert {name: spec[name] for name in ("what", "out", "override")} == {
+        "what": "denoiser",
+        "out": str(out),
+        "override": "they are public",
+    }
+
+
+def test_export_wants_a_known_client_a_new_file_of_its_kind_and_a_reason(feddiff: Any, world: Any) -> None:
+    world.run(world.job(), world.stages())
+    (world.path / "there.npz").touch()
+    for what, client, out, override, code, words in (
+        ("denoiser", "a", "x.npz", (), 64, "ends in .safetensors"),
+        ("samples", "a", "x.safetensors", (), 64, "ends in .npz"),
+        ("samples", "z", "x.npz", (), 64, "expected one of a, b, found z"),
+        ("samples", "a", "there.npz", (), 73, "exists"),
+        ("samples", "a", "x.npz", ("--override", " "), 64, "expected the owner's reason"),
+        ("shared", "a", "x.npz", (), 64, "shared"),
+    ):
+        found, _, err = feddiff(
+            "export", what, world.path / "run", "--client", client, "--out", world.path / out, *override
+        )
+        assert (found, words in err) == (code, True), err

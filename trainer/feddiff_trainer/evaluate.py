@@ -6,6 +6,7 @@ Shapes: N images, C channels, H height, W width, K classes, D = C·H·W.
 """
 
 import base64
+import hashlib
 import sys
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ from .released import GaussianRelease, PrivunitRelease, Release, Terms, read_rel
 from .report import class_name
 from .stage import report_progress, run_stage
 from .stores import Store, open_store
+from .verdicts import Audit, Export
 
 SEED = 0  # of the classifier and of draws for pictures: nothing is protected by it
 MEASURES_BY_KEY = {measure.key: measure for measure in MEASURES}
@@ -43,27 +45,58 @@ LARGEST_DRAWN = 1024  # values of an image up to which a covariance is decompose
 
 def body(spec: EvaluateSpec) -> dict[str, str]:
     """evaluation.json and the owner report are in the owner's store; nothing about them is public."""
-    owner_store, federation_store = (
-        open_store(spec.owner_store, "owner"),
-        open_store(spec.federation_store, "federation"),
-    )
+    owner_store = open_store(spec.owner_store, "owner")
     promise = promise_of(spec.privacy, spec.diffusion)
     records = read_source(spec.source, spec.image, spec.classes)
     key = layout.samples(spec.job.uid, spec.client)
     samples = read_samples(owner_store.get(key), key, ARMS, spec.image, spec.classes.count)
-    release = own_release(federation_store, spec)
     evaluation = evaluate(spec, promise, records, samples)
+    write_report(spec, owner_store, records, samples, evaluation)
+    owner_store.put(layout.evaluation(spec.job.uid, spec.client), evaluation.model_dump_json(by_alias=True).encode())
+    return {}
+
+
+def write_report(
+    spec: EvaluateSpec, owner_store: Store, records: Records, samples: LabelledImages, evaluation: Evaluation
+) -> None:
+    """The owner report is in the owner's store, with the audit if there is one."""
     report = OwnerReport(
         spec=spec,
-        promise=promise,
+        promise=promise_of(spec.privacy, spec.diffusion),
         evaluation=evaluation,
         others=other_evaluations(owner_store, evaluation),
         minority=minority_of(spec),
-        gallery=gallery_of(spec, records, samples, release),
+        gallery=gallery_of(spec, records, samples, own_release(open_store(spec.federation_store, "federation"), spec)),
+        audit=read_audit(owner_store, spec),
+        exports=read_exports(owner_store, spec),
     )
     owner_store.put(layout.owner_report(spec.job.uid, spec.client), owner_page(report))
-    owner_store.put(layout.evaluation(spec.job.uid, spec.client), evaluation.model_dump_json(by_alias=True).encode())
-    return {}
+
+
+def rewrite_report(spec: EvaluateSpec, owner_store: Store, records: Records) -> None:
+    """The owner report anew, with what was added since the evaluation. Raises InputMissing before there is one."""
+    key = layout.evaluation(spec.job.uid, spec.client)
+    evaluation = Evaluation.model_validate_json(owner_store.get(key))
+    key = layout.samples(spec.job.uid, spec.client)
+    samples = read_samples(owner_store.get(key), key, ARMS, spec.image, spec.classes.count)
+    write_report(spec, owner_store, records, samples, evaluation)
+
+
+def read_audit(owner_store: Store, spec: EvaluateSpec) -> Audit | None:
+    """The audit of the denoisers that lie in the store; None where there is none, or only of others before them."""
+    key = layout.audit(spec.job.uid, spec.client)
+    if not owner_store.exists(key):
+        return None
+    audit = Audit.model_validate_json(owner_store.get(key))
+    samples = owner_store.get(layout.samples(spec.job.uid, spec.client))
+    return audit if audit.samples_sha256 == hashlib.sha256(samples).hexdigest() else None
+
+
+def read_exports(owner_store: Store, spec: EvaluateSpec) -> list[Export]:
+    """What was passed on of this job, oldest first."""
+    keys = owner_store.list(layout.exports_prefix(spec.job.uid, spec.client))
+    found = [Export.model_validate_json(owner_store.get(key)) for key in keys]
+    return sorted(found, key=lambda export: export.exported_at)
 
 
 def evaluate(spec: EvaluateSpec, promise: Promise, records: Records, samples: LabelledImages) -> Evaluation:

@@ -13,6 +13,7 @@ from feddiff_protocol.api import ClassesSpec
 from feddiff_protocol.promise import Promise
 from feddiff_protocol.stages import EvaluateSpec
 
+from .audit_section import audit_section, exports_section
 from .evaluation import (
     ARMS,
     BASELINE,
@@ -30,6 +31,7 @@ from .evaluation import (
 from .pages import Banner, Html, Page, bullets, definitions, element, joined, paragraph, render, rows, section, table
 from .pictures import Picture, Pixels, bar, grid, image
 from .report import attack_sentence, class_name, num, tidy
+from .verdicts import Audit, Export
 
 COMPARED = [measure for measure in MEASURES if measure.key in ("recall", "frechet", "coverage", "copies_half")]
 MISSING_ROWS = 6
@@ -78,6 +80,8 @@ class OwnerReport:
     others: Sequence[Evaluation]
     minority: Sequence[int]
     gallery: Gallery
+    audit: Audit | None = None
+    exports: Sequence[Export] = ()
 
 
 def owner_page(report: OwnerReport) -> bytes:
@@ -89,7 +93,15 @@ def owner_page(report: OwnerReport) -> bytes:
         banner=BANNER,
         lead=_lead(report),
         facts=_facts(report),
-        sections=[_pictures(report), *_quality(report), *_jobs(report), _promise(report), _how(report)],
+        sections=[
+            _pictures(report),
+            *_quality(report),
+            *_jobs(report),
+            _promise(report),
+            audit_section(report.audit),
+            *exports_section(report.exports),
+            _how(report),
+        ],
         footer=f"Client {report.spec.client}, job {job.namespace}/{job.name}, uid {job.uid}; {evaluation.finished_at}",
     )
     return render(page)

@@ -162,15 +162,15 @@ def _write_shards(
     spec: ReleaseSpec, promise: Promise, records: Records, attempt: str, owner_store: Store, normals: Normals
 ) -> tuple[ShardReference, ...]:
     references = []
-    for index, data in enumerate(_shards(spec, promise, records, normals)):
+    for index, data in enumerate(shards_of(spec, promise, records, normals)):
         name = shard_name(index)
         owner_store.put(layout.attempt_shard(spec.release, attempt, name), data)
         references.append(ShardReference(name=name, sha256=hashlib.sha256(data).hexdigest(), num_bytes=len(data)))
     return tuple(references)
 
 
-def _shards(spec: ReleaseSpec, promise: Promise, records: Records, normals: Normals) -> Iterator[bytes]:
-    """The released bytes, shard by shard, so that memory holds one of them."""
+def shards_of(spec: ReleaseSpec, promise: Promise, records: Records, normals: Normals) -> Iterator[bytes]:
+    """The released bytes, shard by shard, so that memory holds one of them. Nothing is written: see `release`."""
     if promise.mechanism is Mechanism.SUMMARY:
         yield _summary_shard(spec, promise, records, normals)
         return

@@ -1,0 +1,176 @@
+"""The mechanisms under attack at their worst pairs: fresh releases of two made-up images, by the code, the clip norms
+and the noise of a job, and what the best test makes of them. No record of anybody is in here.
+
+Shapes: T trials, D values of one image, M = D·(D + 1)/2 packed values of a symmetric matrix.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from feddiff_protocol.api import ClassesSpec, ImageSpec, Mechanism
+from feddiff_protocol.promise import Promise, cap_of, promise_of, schedule_of
+from feddiff_protocol.stages import ReleaseSpec
+
+from .attacks import matched_filter
+from .mechanisms import clip_l2, pack_symmetric
+from .noise import Float64, Normals
+from .privunit import directions
+from .records import Records
+from .release import shards_of
+from .shards import decode, grid_steps, layouts
+
+TRIALS = 10_000  # of either image: noise that is 10 % too small shows at ε = 10
+MOST_VALUES = 1 << 26  # drawn for one image: fewer trials where images are large
+LARGEST_RELEASE = 1000  # images, each of a class of its own: the most classes there may be
+MATCHED_FILTER = "matched filter"
+
+Score = Callable[[Float64], Float64]  # released values of T trials to scores_T
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a release under attack: the tensor that it is, the pair of images (pixels_D) that are as far apart in
+    it as such images can be, and the best test of the second one against the first. `mu`: what this part is charged,
+    None where the promise is pure ε."""
+
+    attack: str
+    tensor: str
+    image: ImageSpec
+    pair: tuple[Float64, Float64]
+    score: Score
+    mu: float | None
+
+
+def parts_of(spec: ReleaseSpec) -> list[Part]:
+    """The parts of a release of this job."""
+    promise = promise_of(spec.privacy, spec.diffusion)
+    if promise.mechanism is Mechanism.GAUSSIAN:
+        return [_images(spec, promise)]
+    if promise.mechanism is Mechanism.PRIVUNIT:
+        return [_directions(spec)]
+    return [_mean_sums(spec, promise), _moment_sums(spec, promise)]
+
+
+def _images(spec: ReleaseSpec, promise: Promise) -> Part:
+    """Noised images: where pixels count from 0, the farthest apart are orthogonal; from -1, opposite."""
+    clip_norm, non_negative = float(spec.privacy.clip_norm), spec.privacy.clips_non_negative_pixels
+    schedule, t0 = schedule_of(spec.diffusion), promise.split_step
+    image = _image_of((2 if non_negative else 1) * clip_norm**2, spec.image)
+    size = image.dimensions
+    pair = _halves(size) if non_negative else (np.zeros(size), np.ones(size))
+    clipped = [
+        2 * clip_l2(x_D[None], clip_norm)[0] - 1 if non_negative else clip_l2(2 * x_D[None] - 1, clip_norm)[0]
+        for x_D in pair
+    ]
+    clean_D, other_D = (schedule.alpha(t0) * each_D for each_D in clipped)
+    s = schedule.s(t0)
+    return Part(
+        MATCHED_FILTER, "images", image, pair, lambda x_TD: matched_filter(x_TD, clean_D, other_D, s), promise.mu
+    )
+
+
+def _mean_sums(spec: ReleaseSpec, promise: Promise) -> Part:
+    """The first sum of `summary` alone, against its share of the charge: orthogonal images of norm C1."""
+    assert promise.mu is not None and promise.mean_std is not None
+    clip_norm, std = float(spec.privacy.clip_norm), promise.mean_std
+    image = _image_of(2 * clip_norm**2, spec.image)
+    pair = _halves(image.dimensions)
+    clean_D, other_D = (clip_l2(x_D[None], clip_norm)[0] for x_D in pair)
+    return Part(
+        f"{MATCHED_FILTER}, sums",
+        "mean_sums",
+        image,
+        pair,
+        lambda x_TD: matched_filter(x_TD, clean_D, other_D, std),
+        promise.mu * math.sqrt(spec.privacy.mean_share_or_default),
+    )
+
+
+def _moment_sums(spec: ReleaseSpec, promise: Promise) -> Part:
+    """The second moment alone: one record is fewer than a centre of its own takes, so u = x - c, c the constant."""
+    assert promise.mu is not None and promise.moment_std is not None and spec.privacy.moment_clip_norm is not None
+    clip_norm, std = float(spec.privacy.moment_clip_norm), promise.moment_std
+    centre = float(spec.privacy.centre_or_default)
+    farthest = 1.0 if centre <= 0.5 else 0.0
+    image = _image_of(2 * (clip_norm / (farthest - centre)) ** 2, spec.image)
+    first_D, second_D = (np.where(half_D > 0, farthest, centre) for half_D in _halves(image.dimensions))
+    moved = [clip_l2(x_D[None] - centre, clip_norm)[0] for x_D in (first_D, second_D)]
+    clean_M, other_M = (pack_symmetric(np.outer(u_D, u_D)) for u_D in moved)
+    return Part(
+        f"{MATCHED_FILTER}, second moments",
+        "moment_sums",
+        image,
+        (first_D, second_D),
+        lambda x_TM: matched_filter(x_TM, clean_M, other_M, std),
+        promise.mu * math.sqrt(1 - spec.privacy.mean_share_or_default),
+    )
+
+
+def _directions(spec: ReleaseSpec) -> Part:
+    """Directions of `privunit`: the log-likelihood ratio is ε times in one image's cap less in the other's."""
+    pair, cap = _halves(spec.image.dimensions), cap_of(spec.privacy, spec.image)
+    u_D, other_D = (directions(x_D[None])[0] for x_D in pair)
+
+    def score(z_TD: Float64) -> Float64:
+        scores_T: Float64 = (z_TD @ other_D >= cap.height).astype(np.float64) - (z_TD @ u_D >= cap.height)
+        return scores_T
+
+    return Part("likelihood ratio", "directions", spec.image, pair, score, None)
+
+
+def _halves(size: int) -> tuple[Float64, Float64]:
+    """Two images without a bright pixel in common: as orthogonal as images get, and as long."""
+    first_D = (np.arange(size) < size // 2).astype(np.float64)
+    return first_D, 1 - first_D
+
+
+def _image_of(num_values: float, image: ImageSpec) -> ImageSpec:
+    """A grey image with at least so many values, or the job's own where that is no larger.
+
+    A promise by a norm holds in any dimension: the smallest image in which a pair can be that far apart is as good.
+    """
+    height = max(4, math.ceil(num_values / 512))
+    width = max(4, math.ceil(num_values / height))
+    return image if image.dimensions <= height * width else ImageSpec(channels=1, height=height, width=width)
+
+
+# ---- Released again and again ----------------------------------------------------------------------------------------
+
+
+def trials(spec: ReleaseSpec, part: Part, normals: Normals) -> tuple[Float64, Float64]:
+    """Scores where the second image was released, and where the first was, as many of each."""
+    (layout,) = layouts(spec.privacy.mechanism, part.image, (1, 1))
+    num_releases = max(1, min(TRIALS, MOST_VALUES // layout.values_bytes) // LARGEST_RELEASE)
+    inside_T, outside_T = (
+        np.concatenate([canaries(spec, part, chosen_T, normals) for _ in range(num_releases)])
+        for chosen_T in (np.ones(LARGEST_RELEASE, np.bool_), np.zeros(LARGEST_RELEASE, np.bool_))
+    )
+    return inside_T, outside_T
+
+
+def canaries(spec: ReleaseSpec, part: Part, second_N: np.ndarray, normals: Normals) -> Float64:
+    """scores_N of one release of at most LARGEST_RELEASE images: the second of the pair where `second_N` says so, else
+    the first."""
+    first_D, second_D = part.pair
+    pixels_ND = np.where(second_N[:, None], second_D, first_D)
+    return part.score(released_values(spec, part.image, part.tensor, pixels_ND, normals))
+
+
+def released_values(spec: ReleaseSpec, image: ImageSpec, tensor: str, pixels_ND: Float64, normals: Normals) -> Float64:
+    """What leaves of each image (D or M values of one tensor, in order), by the very function that writes a release's
+    shards; each is a class of its own, so LARGEST_RELEASE are the most. Nothing is written."""
+    promise, num = promise_of(spec.privacy, spec.diffusion), len(pixels_ND)
+    trial = spec.model_copy(update={"image": image, "classes": ClassesSpec(count=num, records=(1,) * num)})
+    records = Records(pixels_ND.reshape(num, image.channels, image.height, image.width), np.arange(num))
+    step = math.ldexp(1.0, getattr(grid_steps(promise, schedule_of(spec.diffusion)), tensor))
+    parts, rows = [], []
+    shards = shards_of(trial, promise, records, normals)
+    for layout, data in zip(layouts(promise.mechanism, image, (1,) * num), shards, strict=True):
+        tensors = decode(layout, data, "trial")
+        rows.append(tensors.get("labels", np.arange(num)))  # images leave in another order, under their own labels
+        parts.append(tensors[tensor].reshape(len(rows[-1]), -1).astype(np.float64) * step)
+    values_N_: Float64 = np.concatenate(parts)[np.argsort(np.concatenate(rows))]
+    return values_N_

@@ -4,7 +4,7 @@
 
 Random 14×14 images of ten classes; one of records per client (1,000), clients (2) and image-steps of a network (16,000)
 is raised at a time, for `gaussian` the records alone. Twenty minutes on 2 cores. A row has the longest of a stage's
-clients in seconds, as receipts say, start of Python and import of torch (about 2 s) included; the stage's largest peak of
+clients in seconds, as receipts say, start of Python and import of torch (about 2 s) included; the largest peak of
 resident memory of one process, in MiB; and the whole run's wall seconds. Rows that OUT holds are not computed again.
 """
 

@@ -139,17 +139,14 @@ def _budget_table(job: LocalJob, clients: Sequence[ClientPlan]) -> Table:
             f"{before['spentEpsilon']:.4f}",
             f"{after['spentEpsilon']:.4f}" + (" (!)" if each.refusal else ""),
             after["limitEpsilon"],
-            epsilon_left(after["remainingEpsilon"]) if job.promise.mu is not None else after["remainingPureEpsilon"],
+            ledger.epsilon_left(after["remainingEpsilon"])
+            if job.promise.mu is not None
+            else after["remainingPureEpsilon"],
             after["delta"],
             str(each.document["releases"]),
             f"{each.document['signalToNoiseDb']:.1f}",
         )
     return table
-
-
-def epsilon_left(value: float) -> str:
-    """Four decimals, rounded down: who asks for what is shown is admitted. 1e-9 undoes the safe rounding of μ."""
-    return str(Decimal(value + 1e-9 if value else 0).quantize(Decimal("0.0001"), rounding="ROUND_DOWN"))
 
 
 def decimal_text(value: Decimal) -> str:

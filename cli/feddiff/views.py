@@ -16,7 +16,7 @@ from feddiff_protocol.stages import Stage
 
 from .documents import LocalDataset
 from .local_ledger import LedgerState, ledger_path, read_ledger
-from .plan_report import budget_document, decimal_text, epsilon_left
+from .plan_report import budget_document, decimal_text
 from .run_folder import RunFolder
 
 # ---- ledger ----------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def _print_ledger(dataset: LocalDataset, state: LedgerState, console: Console) -
     pure = f", of pure ε {state.remaining_pure_epsilon} of {budget.pure_epsilon}" if budget.pure_epsilon else ""
     console.print(
         f"  spent ε = {state.spent_epsilon:.4f} of {budget.epsilon} per {budget.unit} ({terms}),"
-        f" remaining ε = {epsilon_left(state.remaining_epsilon)}{pure}\n",
+        f" remaining ε = {ledger.epsilon_left(state.remaining_epsilon)}{pure}\n",
         highlight=False,
         soft_wrap=True,
     )

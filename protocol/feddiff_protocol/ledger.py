@@ -280,13 +280,20 @@ def _too_much(budget: BudgetSpec, limit: Decimal, account: Account, request: Ent
         f" with this release of ε = {request.epsilon} it would be {wanted:.4f}"
     )
     if request.charge.pure_epsilon:
+        pure_left = remaining_pure_epsilon(budget, account.charges)
         return (
             f"{said} (pure ε: {used.pure_epsilon} + {request.charge.pure_epsilon} > {budget.pure_epsilon}, too much by"
-            f" {found.excess_pure_epsilon}); the budget's pureEpsilon cannot change: lower the job's ε"
+            f" {found.excess_pure_epsilon}); the budget's pureEpsilon cannot change:"
+            + (f" lower the job's ε to {pure_left}" if pure_left else " nothing is left of it")
         )
+    set_aside = f" once pureEpsilon = {budget.pure_epsilon} is set aside" if budget.pure_epsilon else ""
+    left = epsilon_left(_epsilon_within(limit, account.charges, request.delta))
+    remedy = (
+        f"raise the budget or lower the job's ε to {left}" if Decimal(left) else "nothing is left; raise the budget"
+    )
     return (
-        f"{said} (μ²: {used.mu_squared:.6f} + {request.charge.mu_squared:.6f} > {limit:.6f});"
-        " raise the budget or lower the job's ε"
+        f"{said} (μ²: {used.mu_squared:.6f} + {request.charge.mu_squared:.6f} > {limit:.6f}{set_aside}, too much by"
+        f" {found.excess_mu_squared:.6g}); {remedy}"
     )
 
 
@@ -345,8 +352,17 @@ def record_manifest(entry: Entry, manifest_sha256: str) -> Entry:
 def remaining_epsilon(budget: BudgetSpec, charges: Iterable[Charge]) -> float:
     """ε that one more Gaussian-type release could still ask for under this budget, at the budget's δ."""
     limit = budget_mu_squared(budget.epsilon, budget.delta, budget.pure_epsilon)
+    return _epsilon_within(limit, charges, budget.delta)
+
+
+def _epsilon_within(limit: Decimal, charges: Iterable[Charge], delta: Decimal) -> float:
     left = limit - total_charge(charges).mu_squared
-    return epsilon_of(float(left) ** 0.5, float(budget.delta)) if left > 0 else 0.0
+    return epsilon_of(float(left) ** 0.5, float(delta)) if left > 0 else 0.0
+
+
+def epsilon_left(value: float) -> str:
+    """Four decimals, rounded down: who asks for what is shown is admitted. 1e-9 undoes the safe rounding of μ."""
+    return str(Decimal(value + 1e-9 if value else 0).quantize(Decimal("0.0001"), rounding="ROUND_DOWN"))
 
 
 def remaining_pure_epsilon(budget: BudgetSpec, charges: Iterable[Charge]) -> Decimal:

@@ -69,8 +69,24 @@ def test_two_releases_of_ten_fit_twenty_and_a_third_is_refused_with_the_arithmet
     account, entries = after(entry("1"), entry("2"))
     assert spent_epsilon(account.charges, BUDGET.delta) == pytest.approx(15.4606, abs=5e-5)
     words = refused(ledger.reserve(BUDGET, account, entries, entry("3")))
-    for part in ("15.4606 of 20", "per image", "δ = 0.00001", "20.1309", "raise the budget or lower the job's ε"):
+    for part in ("15.4606 of 20", "per image", "δ = 0.00001", "20.1309", "> 11.887211, too much by 0.118137)"):
         assert part in words
+    assert words.endswith("raise the budget or lower the job's ε to 9.8172")
+
+
+@given(st.lists(st.sampled_from(sorted(CHARGES)), max_size=8), st.sampled_from(["1e-5", "1e-6", "1e-9"]))
+def test_what_a_refusal_says_would_fit_is_admitted_and_a_little_more_is_not(spent: list[str], delta: str) -> None:
+    account, entries = after(*(entry(f"{index}", epsilon) for index, epsilon in enumerate(spent) if index < 2))
+    wanted = replace(entry("new"), epsilon=Decimal(30), delta=Decimal(delta))
+    words = refused(ledger.reserve(BUDGET, account, entries, asking_for(wanted, "30")))
+    fits = words.rpartition(" to ")[2]
+    admitted(ledger.reserve(BUDGET, account, entries, asking_for(wanted, fits)))
+    refused(ledger.reserve(BUDGET, account, entries, asking_for(wanted, str(Decimal(fits) + Decimal("1e-4")))))
+
+
+def asking_for(request: Entry, epsilon: str) -> Entry:
+    charge = Charge(mu_squared=charge_mu_squared(epsilon, request.delta))
+    return replace(request, epsilon=Decimal(epsilon), charge=charge)
 
 
 def test_a_budget_admits_one_release_of_its_own_epsilon() -> None:
@@ -353,16 +369,19 @@ def pure(job: str, epsilon: str) -> Entry:
 
 def test_pure_epsilon_comes_from_the_part_of_the_budget_set_aside_for_it() -> None:
     refusal = refused(ledger.reserve(BUDGET, Account(), [], pure("1", "0.5")))
-    assert "pure ε: 0 + 0.5 > 0, too much by 0.5" in refusal
+    assert "pure ε: 0 + 0.5 > 0, too much by 0.5" in refusal and refusal.endswith("nothing is left of it")
     account = admitted(ledger.reserve(MIXED, Account(), [], pure("1", "1.25")))
     refusal = refused(ledger.reserve(MIXED, account, [], pure("2", "1")))
     assert "pure ε: 1.25 + 1 > 2, too much by 0.25" in refusal and "raise the budget" not in refusal
+    assert refusal.endswith("lower the job's ε to 0.75")
     account = admitted(ledger.reserve(MIXED, account, [], pure("3", "0.75")))
     assert "pure ε: 2.00 + 1e-3" in refused(ledger.reserve(MIXED, account, [], pure("4", "1e-3"))).replace(
         "0.001", "1e-3"
     )
     account = admitted(ledger.reserve(MIXED, account, [], entry("5", "10")))  # the other part is untouched
-    assert "μ²: 4.001783 + 0.071851 > 4.001783" in refused(ledger.reserve(MIXED, account, [], entry("6", "1")))
+    refusal = refused(ledger.reserve(MIXED, account, [], entry("6", "1")))
+    assert "μ²: 4.001783 + 0.071851 > 4.001783 once pureEpsilon = 2 is set aside, too much by 0.0718514" in refusal
+    assert refusal.endswith("nothing is left; raise the budget")
 
 
 @pytest.mark.parametrize("budget", [BUDGET, MIXED])

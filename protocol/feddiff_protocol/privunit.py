@@ -50,7 +50,9 @@ class Cap:
 def best_cap(epsilon: float, dimensions: int) -> Cap:
     """The cap of least variance at ε. Raises ValueError for an ε out of range.
 
-    Optimal among all unbiased ε-private randomisers of directions with a constant norm (Asi, Feldman & Talwar 2022).
+    Of all densities of z that depend on ⟨z, u⟩ alone and vary by at most e^ε, none has a larger m: m is linear in the
+    density, so it is at its upper end where T is above a threshold, at its lower end elsewhere. Asi, Feldman & Talwar
+    2022 (arXiv 2205.02466) show this cap optimal "among a large family of locally private randomizers".
     With k = e^ε - 1, m(γ) = k·M/(1 + k·q). From M' = -γ·f and q' = -f its maximum lies where γ·(1 + k·q) = k·M, that is
     where γ = m; the left side less the right one rises in γ, so halving an interval finds it.
     """

@@ -268,6 +268,20 @@ def test_the_attack_exposes_a_broken_summary(
     assert violations(*attack_summary(part, *pair, normals, NUM_TRIALS // 5, **SUMMARY_MUTANTS[mutant]), mu)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_attack_exposes_a_second_moment_that_is_packed_with_another_scale(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """√2 off the diagonal is what makes the packed norm the matrix's."""
+
+    def packed(S_DD: np.ndarray) -> np.ndarray:
+        rows, columns = np.triu_indices(len(S_DD))
+        return S_DD[rows, columns] * np.where(rows == columns, 1.0, scale)
+
+    monkeypatch.setattr(mechanisms, "pack_symmetric", packed)
+    assert violations(*attack_summary("moment", *MOMENT_WORST, seeded(5), NUM_TRIALS // 10), MOMENT_MU)
+
+
 def test_the_accountant_draws_the_noise_that_these_tests_attack() -> None:
     sensitivity = accountant.gaussian_sensitivity(MEAN_CLIP, non_negative=True)
     noise = accountant.summary_noise(MU, sensitivity, MOMENT_CLIP, MEAN_SHARE)
@@ -384,6 +398,71 @@ def test_the_search_exposes_a_sensitivity_without_its_factor(forgotten: str, mon
     name = f"{forgotten.upper()}_STD"
     monkeypatch.setitem(globals(), name, globals()[name] / math.sqrt(2))
     assert largest_found(2) > 1.2 * MU**2
+
+
+def wide_search(size: int) -> float:
+    """The largest μ² of 10⁵ pairs: every pattern of signs about the centre on either side, norms from nothing to beyond
+    the clips, unequal; then of children of the worst ones, generation after generation."""
+    generator = np.random.default_rng(100 + size)
+    signs = np.array(list(itertools.product([-1.0, 1.0], repeat=size)))
+    patterns = np.array(list(itertools.product(range(len(signs)), repeat=2)))
+    each = -(-100_000 // len(patterns))
+    sign_ND, other_sign_ND = signs[np.repeat(patterns, each, axis=0)].swapaxes(0, 1)
+    centre_ND = generator.beta(0.5, 0.5, size=sign_ND.shape)
+    pair = [image_from(centre_ND, sign, generator) for sign in (sign_ND, other_sign_ND)]
+    population = np.concatenate([*pair, centre_ND], axis=1)
+    found = pairs_mu_squared(population)
+    for generation in range(12):
+        worst = np.repeat(population[np.argsort(found)[-200:]], 20, axis=0)
+        children = np.clip(worst + 0.3 * 0.6**generation * generator.normal(size=worst.shape), 0, 1)
+        population, found = np.concatenate([population, children]), np.append(found, pairs_mu_squared(children))
+    return float(found.max())
+
+
+def image_from(centre_ND: np.ndarray, sign_ND: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Images in [0, 1] whose values lie above or below the centre as the signs say, by any share of the room there."""
+    room_ND = np.where(sign_ND > 0, 1 - centre_ND, centre_ND)
+    length_N1 = generator.uniform(size=(len(sign_ND), 1)) ** 2
+    return np.clip(centre_ND + sign_ND * room_ND * length_N1 * generator.beta(0.5, 0.5, size=sign_ND.shape), 0, 1)
+
+
+def pairs_mu_squared(population: np.ndarray) -> np.ndarray:
+    """`pair_mu_squared` for many pairs, ‖uuᵀ - u'u'ᵀ‖² as ‖u‖⁴ + ‖u'‖⁴ - 2⟨u,u'⟩²."""
+    x_ND, other_ND, centre_ND = np.split(population, 3, axis=1)
+    v_ND = mechanisms.clip_l2(x_ND, MEAN_CLIP) - mechanisms.clip_l2(other_ND, MEAN_CLIP)
+    u_ND, w_ND = (mechanisms.clip_l2(image_ND - centre_ND, MOMENT_CLIP) for image_ND in (x_ND, other_ND))
+    moment_N = (u_ND**2).sum(1) ** 2 + (w_ND**2).sum(1) ** 2 - 2 * (u_ND * w_ND).sum(1) ** 2
+    return np.asarray((v_ND**2).sum(1) / MEAN_STD**2 + moment_N / MOMENT_STD**2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_no_pair_of_a_hundred_thousand_of_any_norms_and_signs_exceeds_the_charge(size: int) -> None:
+    found = wide_search(size)
+    assert found <= MU**2 * (1 + 1e-9)
+    assert size == 1 or found >= 0.98 * MU**2
+
+
+def test_many_pairs_at_once_lie_as_far_apart_as_each_alone() -> None:
+    population = np.random.default_rng(9).uniform(size=(50, 12))
+    expected = pair_mu_squared(*np.split(population, 3, axis=1))
+    np.testing.assert_allclose(pairs_mu_squared(population), expected, rtol=1e-9)
+
+
+SEARCH_MUTANTS = {
+    "noise 10 % too small": {"MEAN_STD": 0.9 * MEAN_STD, "MOMENT_STD": 0.9 * MOMENT_STD},
+    "noise for the norm, not its square": {"MOMENT_CLIP": 1.2, "MOMENT_STD": MOMENT_STD * 1.2 / MOMENT_CLIP**2},
+    "second moment of one record, not two": {"MOMENT_STD": MOMENT_STD / math.sqrt(2)},
+    "clip skipped": {"MEAN_CLIP": 1e3, "MOMENT_CLIP": 1e3},
+}
+
+
+@pytest.mark.parametrize("mutant", SEARCH_MUTANTS)
+def test_the_wide_search_exposes_a_mechanism_that_charges_too_little(
+    mutant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SEARCH_MUTANTS[mutant].items():
+        monkeypatch.setitem(globals(), name, value)
+    assert wide_search(3) > 1.1 * MU**2
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

@@ -1,13 +1,14 @@
 """Pooling against the Gaussian behind the summaries: unbiased, weighed by precision, positive with its trace kept."""
 
 from collections.abc import Callable, Sequence
-from math import sqrt
+from math import inf, sqrt
 
 import pytest
 import torch
 from torch import Tensor
 
 from feddiff_protocol.errors import DataInvalid
+from feddiff_protocol.privunit import best_cap
 from feddiff_trainer.pooling import (
     CENTRED_FROM,
     TRACE_FLOOR,
@@ -295,6 +296,34 @@ def moments_are_biased(counts: tuple[int, ...], told: float) -> bool:
 
 def off(covariance_M: Tensor) -> Tensor:
     return (unpacked(covariance_M, VALUES) - COVARIANCE).flatten()
+
+
+@pytest.mark.parametrize("epsilon", [0.001, 0.5, 2.0])
+def test_images_of_one_norm_vary_by_no_more_than_its_square_however_loud_the_noise(epsilon: float) -> None:
+    """PrivUnit at small ε: what is left of the noise can be many times what images of norm C can vary by."""
+    generator, norm, std = torch.Generator().manual_seed(22), 2.0, best_cap(epsilon, 16).noise_std(2.0)
+    label_N, bounded, unbounded = torch.arange(120) % 3, [], []
+    for _ in range(10):
+        x_ND = torch.rand(120, 16, generator=generator, dtype=torch.float64) ** 4
+        x_ND *= norm / x_ND.norm(dim=1, keepdim=True)
+        true_DD = 4 * sum(torch.cov(x_ND[label_N == k].T) for k in range(3)) / 3
+        noised_ND = noised(x_ND, std, generator)
+        for found, largest in ((bounded, norm**2), (unbounded, inf)):
+            _, covariances_KDD = pool([moments_of(noised_ND, label_N, 3, std, largest)], 0.03)
+            traces_K = covariances_KDD.diagonal(dim1=1, dim2=2).sum(1)
+            found.append((float(traces_K.max()), float((covariances_KDD - true_DD).norm())))
+    (most, error), (loose_most, loose_error) = (torch.tensor(each).amax(0) for each in (bounded, unbounded))
+    assert most <= 4 * norm**2 * (1 + 1e-12)
+    assert error <= loose_error
+    assert epsilon > 0.5 or (loose_most > 40 * norm**2 and error < loose_error / 5)  # mutant: the trace as it is
+
+
+def test_an_owners_own_images_are_of_any_norm() -> None:
+    generator, label_N = torch.Generator().manual_seed(23), torch.zeros(40, dtype=torch.long)
+    x_ND = records(40, generator)
+    released = moments_of(x_ND, label_N, 1, 0.1, largest_trace=1e-3)
+    _, covariances_KDD = pool([released], 0.03, at_home={0: exact(x_ND, label_N, released)})
+    torch.testing.assert_close(covariances_KDD[0] / 4, torch.cov(x_ND.T))
 
 
 def test_images_in_batches_have_the_moments_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,11 +43,11 @@ from feddiff_trainer.denoisers import denoiser_from_bytes
 from feddiff_trainer.denoising import ClassGaussian
 from feddiff_trainer.network import Denoiser
 from feddiff_trainer.pictures import read_samples
-from feddiff_trainer.pooling import pool
+from feddiff_trainer.pooling import largest_trace, pool
 from feddiff_trainer.release import release
 from feddiff_trainer.stores import FolderStore, open_store
 from feddiff_trainer.telemetry import telling
-from feddiff_trainer.train_shared import network_config, pool_of, releases_of
+from feddiff_trainer.train_shared import network_config, owners_of, pool_of, releases_of
 from feddiff_trainer.training import BatchLoss, World
 
 UID = "uid-00000001"
@@ -231,7 +231,9 @@ def test_closed_form_is_the_denoiser_of_the_pool(finished: Callable[[str], Finis
 
 def test_the_pool_of_directions_has_the_means_of_images_of_the_public_norm(tmp_path: Path) -> None:
     spec = prepared(tmp_path, "privunit")
-    found = pool_of(releases_of(spec, open_store(spec.federation_store), 2), spec)
+    releases = releases_of(spec, open_store(spec.federation_store), 2)
+    assert largest_trace(owners_of(releases)) == 2.0**2
+    found = pool_of(releases, spec)
     x_ND, labels_N = all_records(tmp_path)
     scaled_ND = 2 * x_ND / np.linalg.norm(x_ND, axis=1)[:, None]
     noise = best_cap(10.0, 16).noise_std(2.0)

@@ -46,13 +46,15 @@ class OwnerMoments:
     and packed covariances_KM without bias, zeros where there are too few records for them; counts_K: the public
     numbers.
 
-    noise_std: of the white noise in each value of one image; the covariances are without it.
+    noise_std: of the white noise in each value of one image; the covariances are without it. largest_trace: what a
+    class's variances add up to at most, a public fact: C² of images that were all scaled to norm C.
     """
 
     means_KD: Tensor
     covariances_KM: Tensor
     counts_K: Tensor
     noise_std: float
+    largest_trace: float = inf
 
 
 Owner = OwnerSummary | OwnerMoments
@@ -82,11 +84,16 @@ def pool(
     means_KD = torch.stack([mean_D for mean_D, _, _ in pooled])
     own_KDD = torch.stack([covariance_DD for _, covariance_DD, _ in pooled])
     precision_K = torch.tensor([precision for _, _, precision in pooled], dtype=torch.float64)
-    floor = TRACE_FLOOR * variance_guess * means_KD.shape[1]
-    shrunk_KDD = shrink_to_shared(own_KDD, precision_K, own_covariance_weight, released_precision, floor)
-    covariances_KDD = torch.stack([project_keeping_trace(c_DD, floor) for c_DD in shrunk_KDD])
+    traces = TRACE_FLOOR * variance_guess * means_KD.shape[1], largest_trace(known)
+    shrunk_KDD = shrink_to_shared(own_KDD, precision_K, own_covariance_weight, released_precision, *traces)
+    covariances_KDD = torch.stack([project_keeping_trace(c_DD, *traces) for c_DD in shrunk_KDD])
     # A mean of pixels lies in [0, 1]; clipping to a convex set that holds the truth only brings it closer.
     return 2 * means_KD.clamp(0, 1) - 1, 4 * covariances_KDD
+
+
+def largest_trace(owners: Iterable[Owner]) -> float:
+    """What the variances of a class can add up to at all owners; infinite where one does not say."""
+    return max(owner.largest_trace if isinstance(owner, OwnerMoments) else inf for owner in owners)
 
 
 def exact(x_ND: Tensor, label_N: Tensor, released: Owner) -> Owner:
@@ -99,7 +106,9 @@ def exact(x_ND: Tensor, label_N: Tensor, released: Owner) -> Owner:
     return exact_summary(x_ND, label_N, released)
 
 
-def moments_of(images_ND: Tensor, label_N: Tensor, num_classes: int, noise_std: float) -> OwnerMoments:
+def moments_of(
+    images_ND: Tensor, label_N: Tensor, num_classes: int, noise_std: float, largest_trace: float = inf
+) -> OwnerMoments:
     """Means and covariances of every class, without the white noise of this standard deviation in each value.
 
     x̃ = x + noise of E[noise | x] = 0 and Cov(noise | x) = s²·I has the mean of x and the covariance Σ + s²·I, so the
@@ -108,7 +117,7 @@ def moments_of(images_ND: Tensor, label_N: Tensor, num_classes: int, noise_std: 
     classes = [_moments_of_class(images_ND[label_N == k], noise_std) for k in range(num_classes)]
     means, covariances = zip(*classes, strict=True)
     counts_K = torch.bincount(label_N, minlength=num_classes)
-    return OwnerMoments(torch.stack(means), torch.stack(covariances), counts_K, noise_std)
+    return OwnerMoments(torch.stack(means), torch.stack(covariances), counts_K, noise_std, largest_trace)
 
 
 def _moments_of_class(images_nD: Tensor, noise_std: float) -> tuple[Tensor, Tensor]:
@@ -272,7 +281,12 @@ def density(z_D: Tensor) -> Tensor:
 
 
 def shrink_to_shared(
-    own_KDD: Tensor, precision_K: Tensor, own_weight: float, released_precision: float, floor: float
+    own_KDD: Tensor,
+    precision_K: Tensor,
+    own_weight: float,
+    released_precision: float,
+    floor: float,
+    ceiling: float = inf,
 ) -> Tensor:
     """Each class's covariance averaged with the classes' mean one, entry by entry, along the mean one's own axes.
 
@@ -286,7 +300,7 @@ def shrink_to_shared(
     """
     own_K, others = own_weight * precision_K, (1 - own_weight) * released_precision
     shared_DD = (normalised(precision_K / (own_K + others))[:, None, None] * own_KDD).sum(dim=0)
-    shared_DD = project_keeping_trace(shared_DD, floor)
+    shared_DD = project_keeping_trace(shared_DD, floor, ceiling)
     eigenvalues_D, axes_DD = torch.linalg.eigh(shared_DD)
     scale_D = (eigenvalues_D / eigenvalues_D.mean()).clamp(min=TINY)
     relative_KDD = own_K[:, None, None] * torch.outer(scale_D, scale_D)
@@ -295,14 +309,15 @@ def shrink_to_shared(
     return shrunk_KDD
 
 
-def project_keeping_trace(symmetric_DD: Tensor, floor: float) -> Tensor:
-    """The nearest positive semi-definite matrix of the same trace, or of trace `floor` if that is larger.
+def project_keeping_trace(symmetric_DD: Tensor, floor: float, ceiling: float = inf) -> Tensor:
+    """The nearest positive semi-definite matrix of the same trace, or of trace `floor` if that is larger, or of trace
+    `ceiling` if that is smaller: the nearest one, then, of all that the truth can be.
 
     Noise spreads eigenvalues both ways; one threshold θ taken off all before clipping at zero keeps their sum, where
     clipping alone would add the noise's positive half to the variance.
     """
     eigenvalues_D, eigenvectors_DD = torch.linalg.eigh(symmetric_DD)
-    kept_D = on_simplex(eigenvalues_D, max(float(eigenvalues_D.sum()), floor))
+    kept_D = on_simplex(eigenvalues_D, max(min(float(eigenvalues_D.sum()), ceiling), floor))
     projected_DD: Tensor = (eigenvectors_DD * kept_D) @ eigenvectors_DD.T
     return projected_DD
 

@@ -42,12 +42,13 @@ class GaussianRelease:
 @dataclass(frozen=True)
 class PrivunitRelease:
     """Noised images x̃ = (C/m)·z, whose mean is the image scaled to norm C. images_NCHW: float32, [0, 1] units;
-    labels_N: int64 in 0..K-1; noise_std: of the white noise in each value."""
+    labels_N: int64 in 0..K-1; noise_std: of the white noise in each value; norm: C."""
 
     images_NCHW: Tensor
     labels_N: Tensor
     num_classes: int
     noise_std: float
+    norm: float
 
 
 Release = GaussianRelease | OwnerSummary | PrivunitRelease
@@ -203,7 +204,7 @@ def _privunit(manifest: Manifest, shards: Sequence[dict[str, Integers]]) -> Priv
     norm = float(manifest.privacy.clip_norm)
     images_NCHW = np.concatenate([_values(shard["directions"], manifest.grid_steps.directions) for shard in shards])
     images_NCHW *= np.float32(norm / cap.mean)
-    return PrivunitRelease(torch.from_numpy(images_NCHW), labels_N, len(manifest.counts), cap.noise_std(norm))
+    return PrivunitRelease(torch.from_numpy(images_NCHW), labels_N, len(manifest.counts), cap.noise_std(norm), norm)
 
 
 def _labels(manifest: Manifest, shards: Sequence[dict[str, Integers]]) -> Tensor:

@@ -120,8 +120,10 @@ def owners_of(releases: Releases) -> list[Owner]:
         if isinstance(release, OwnerSummary):
             owners.append(release)
         elif isinstance(release, PrivunitRelease):
-            images_ND = release.images_NCHW.flatten(1)
-            owners.append(moments_of(images_ND, release.labels_N, release.num_classes, release.noise_std))
+            images_ND, largest_trace = release.images_NCHW.flatten(1), release.norm**2
+            owners.append(
+                moments_of(images_ND, release.labels_N, release.num_classes, release.noise_std, largest_trace)
+            )
     return owners
 
 

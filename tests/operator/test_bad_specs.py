@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cluster.documents import DATASET, GAUSSIAN, OVERLAYS, SUMMARY, changed, fault, fuzzed, url
+from cluster.documents import DATASET, GAUSSIAN, OVERLAYS, PRIVUNIT, SUMMARY, changed, fault, fuzzed, url
 from cluster.kubelet import Kubelet
 from cluster.warm import Warm
 from feddiff_operator.cluster import FDJ, PDS
@@ -48,13 +48,13 @@ def datasets(world: Any) -> list[Object]:
 
 
 def bases(world: Any) -> list[Object]:
-    """What the specs are made from: a dataset, and jobs of both mechanisms with clients that refuse, mostly."""
+    """What the specs are made from: a dataset, and jobs of every mechanism with clients that refuse, mostly."""
     dataset = changed(DATASET, "metadata.namespace", world.clinics[0])
     dataset = changed(dataset, "spec.access", [{"namespace": world.research}])
     dataset = changed(dataset, "spec.images", [])
     jobs = [
         changed(document, "spec.clients", clients(world, name))
-        for document, name in zip([SUMMARY, GAUSSIAN] * 3, ["missing", "closed", "spent"] * 2, strict=True)
+        for document, name in itertools.product([SUMMARY, GAUSSIAN, PRIVUNIT], ["missing", "closed", "spent"])
     ]
     return [*(changed(job, "metadata.namespace", world.research) for job in jobs), dataset]
 

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from feddiff_protocol import accountant, ledger
 from feddiff_protocol.accountant import Charge
-from feddiff_protocol.promise import NOT_COVERED, Promise, signal_to_noise_db
+from feddiff_protocol.api import Mechanism
+from feddiff_protocol.promise import NOT_COVERED, Promise, clips_any, signal_to_noise_db
 
 from .documents import LocalJob
 from .local_ledger import LedgerState, read_ledger
@@ -44,6 +45,7 @@ def _plan_client(job: LocalJob, client: str) -> ClientPlan:
         "delta": decimal_text(delta),
         "mu": mu,
         "paperEpsilon": None if mu is None else accountant.paper_epsilon(mu, float(delta)),
+        "onePixel": _one_pixel(promise, delta),
         "attackAuc": promise.attack_auc,
         "attackTprAt1PercentFpr": promise.attack_tpr(FALSE_POSITIVE_RATE),
         "releases": state.num_releases + 1,
@@ -53,6 +55,18 @@ def _plan_client(job: LocalJob, client: str) -> ClientPlan:
         "signalToNoiseDb": _signal_to_noise_db(job, client),
     }
     return ClientPlan(client, dataset.key, document, _refusal(job, client, state))
+
+
+def _one_pixel(promise: Promise, delta: Decimal) -> dict[str, Any] | None:
+    """What the paper's first version says: of one pixel, the image being the same elsewhere. No promise of an image."""
+    if promise.pixel_mu is None:
+        return None
+    return {
+        "unit": "pixel",
+        "mu": promise.pixel_mu,
+        "epsilon": accountant.epsilon_of(promise.pixel_mu, float(delta)),
+        "paperEpsilon": accountant.paper_epsilon(promise.pixel_mu, float(delta)),
+    }
 
 
 def budget_document(state: LedgerState, further: tuple[Charge, ...]) -> dict[str, Any]:
@@ -113,10 +127,30 @@ def _promise_table(job: LocalJob, shown: dict[str, Any]) -> Table:
     table.add_row("promise", f"ε = {shown['epsilon']} {per} ({_kind(promise)})")
     if promise.mu is not None:
         table.add_row("paper's formula", f"ε = {shown['paperEpsilon']:.4f} {per} (valid, not tight)")
+    if promise.mechanism is Mechanism.GAUSSIAN:
+        table.add_row("clip", _clip_in_words(job))
+        table.add_row("one pixel", _one_pixel_in_words(job, shown))
     found = shown["attackTprAt1PercentFpr"]
     table.add_row("best attack", f"AUC {shown['attackAuc']:.4f}; {found:.1%} found at 1 % false alarms")
     table.add_row("split", f"step {promise.split_step} of {spec.diffusion.steps}, σ = {promise.split_sigma:.4g}")
     return table
+
+
+def _clip_in_words(job: LocalJob) -> str:
+    privacy, image = job.document.spec.privacy, job.first_dataset.document.spec.image
+    units = "[0, 1]" if privacy.clips_non_negative_pixels else "[-1, 1]"
+    if clips_any(privacy, image):
+        return f"images to norm {privacy.clip_norm}, pixels in {units}"
+    return f"none: no image of {image.dimensions} values in {units} is longer than {privacy.clip_norm}"
+
+
+def _one_pixel_in_words(job: LocalJob, shown: dict[str, Any]) -> str:
+    """The image's own ε first: one without the other never stands on a line."""
+    pixel, dimensions = shown["onePixel"], job.first_dataset.document.spec.image.dimensions
+    return (
+        f"ε = {shown['epsilon']} per {shown['unit']} is ε = {pixel['epsilon']:.4f} per pixel (paper's formula:"
+        f" {pixel['paperEpsilon']:.4f}), δ = {shown['delta']}, 1 release: one of {dimensions} values, the others known"
+    )
 
 
 def _kind(promise: Promise) -> str:

@@ -36,6 +36,7 @@ class Promise:
     mean_std: float | None = None  # summary: noise on the per-class sum of clipped images, [0, 1] units
     moment_std: float | None = None  # summary: noise on the per-class second moment, [0, 1] units
     step_mu: float | None = None  # gaussian: what the chosen step really gives, at most mu
+    pixel_mu: float | None = None  # gaussian: the same of one pixel, of two images that are equal elsewhere
 
     @property
     def attack_auc(self) -> float:
@@ -79,8 +80,16 @@ def _gaussian_promise(privacy: PrivacySpec, diffusion: DiffusionSpec, mu: float,
     sensitivity = gaussian_sensitivity(privacy)
     step = accountant.split_for(mu, sensitivity, schedule)
     sigma = schedule.sigma(step)
+    # Clipping brings no two images farther apart: one pixel in [-1, 1] moves an image by what it moves itself, at most.
+    pixel_sensitivity = min(accountant.range_sensitivity(1, 1), sensitivity)
     return Promise(
-        Mechanism.GAUSSIAN, accountant.Charge(mu_squared=mu_squared), step, sigma, mu, step_mu=sensitivity / sigma
+        Mechanism.GAUSSIAN,
+        accountant.Charge(mu_squared=mu_squared),
+        step,
+        sigma,
+        mu,
+        step_mu=sensitivity / sigma,
+        pixel_mu=pixel_sensitivity / sigma,
     )
 
 
@@ -90,6 +99,11 @@ def gaussian_sensitivity(privacy: PrivacySpec) -> float:
         float(privacy.clip_norm), non_negative=privacy.clips_non_negative_pixels
     )
     return 2 * sensitivity if privacy.clips_non_negative_pixels else sensitivity
+
+
+def clips_any(privacy: PrivacySpec, image: ImageSpec) -> bool:
+    """Whether images exist that the clip would scale down: none is longer than √d, in [0, 1] and in [-1, 1] alike."""
+    return float(privacy.clip_norm) < math.sqrt(image.dimensions)
 
 
 def _summary_promise(privacy: PrivacySpec, diffusion: DiffusionSpec, mu: float, mu_squared: Decimal) -> Promise:

@@ -17,7 +17,7 @@ from feddiff_protocol.promise import NOT_COVERED
 
 CLIENT_KEYS = {
     *("client", "mechanism", "unit", "epsilon", "delta", "mu", "paperEpsilon", "attackAuc", "attackTprAt1PercentFpr"),
-    *("releases", "split", "budgetBefore", "budgetAfter", "signalToNoiseDb"),
+    *("onePixel", "releases", "split", "budgetBefore", "budgetAfter", "signalToNoiseDb"),
 }
 
 

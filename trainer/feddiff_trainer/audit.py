@@ -387,7 +387,7 @@ def nearest_to(compared: Compared, samples: ImageSet) -> Float64:
 
 
 def copies_of(target: Target, samples: LabelledImages, records: Records, holdout: Records, spec: SampleSpec) -> Copies:
-    """METHOD: a sample is a copy where an own record is nearer than ⅓ (or ½) of the way to any held-out one."""
+    """Of one target: a sample is a copy where an own record is nearer than ⅓ (or ½) of the way to any held-out one."""
     told = evaluate_spec_of(spec)
     own, held_out = image_set(records, told), image_set(holdout, told)
     drawn = ImageSet(to_model_units(samples.images[target.value]), samples.labels_N)

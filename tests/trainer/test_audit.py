@@ -14,6 +14,7 @@ import torch
 
 from audited_run import CLIENT, COUNTS, HELD_OUT, UID, dataset, images_of, prepared, put_samples
 from feddiff_protocol import layout
+from feddiff_protocol.api import Timeline
 from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.stages import SampleSpec
 from feddiff_trainer import audit, evaluate, trials
@@ -153,6 +154,20 @@ def test_held_out_records_that_were_trained_on_are_no_others(fresh: tuple[Path, 
     )
     compared, (*_, note) = audit.compare(spec, records, mixed)
     assert len(compared) == 10 and note.startswith(f"{len(records)} held-out records are training records too")
+
+
+def test_on_the_papers_timeline_the_shared_denoiser_is_asked_for_samples_only(
+    fresh: tuple[Path, SampleSpec, Audit],
+) -> None:
+    _, spec, _ = fresh
+    restarted = spec.model_copy(
+        update={"diffusion": spec.diffusion.model_copy(update={"timeline": Timeline.RESTARTED})}
+    )
+    assert audit.asked_for_noise(restarted) == (Target.PERSONAL,)
+    assert audit.asked_for_noise(spec) == (Target.SHARED, Target.PERSONAL, Target.BOTH)
+    assert audit.compare(restarted, *records_of(spec))[1] == [
+        "On the timeline restarted the shared denoiser was attacked through its samples only."
+    ]
 
 
 def test_too_few_to_compare_are_refused(fresh: tuple[Path, SampleSpec, Audit]) -> None:

@@ -123,6 +123,14 @@ def test_without_an_audit_that_passed_nothing_leaves(
     assert on_record(run) == [] and "What was passed on" not in page_of(run)
 
 
+def test_an_audit_that_cannot_be_read_is_none(run: SampleSpec, tmp_path: Path) -> None:
+    store_of(run).put(layout.audit(UID, CLIENT), b'{"format": "feddiff.audit/9"}')
+    with pytest.raises(PrivacyRefusal, match="cannot be read; audit again"):
+        export.export(asked(run, tmp_path))
+    evaluate.body(evaluate_spec(run))
+    assert "Not audited" in page_of(run)
+
+
 def test_the_owners_word_overrides_and_stays_on_record(run: SampleSpec, tmp_path: Path) -> None:
     put_audit(run, findings=(FAILED,))
     export.export(asked(run, tmp_path, override="public <data>"))

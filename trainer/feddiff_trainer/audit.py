@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from feddiff_protocol import accountant, layout
-from feddiff_protocol.api import Mechanism, parse
+from feddiff_protocol.api import Mechanism, Timeline, parse
 from feddiff_protocol.errors import DataInvalid, FeddiffError, InputMissing
 from feddiff_protocol.promise import Promise, promise_of, schedule_of
 from feddiff_protocol.schedule import Schedule
@@ -80,6 +80,7 @@ LEVELS, DRAWS = 8, 8  # of the loss
 MEMORISED = 12  # records of the models' control
 CONTROL_IMAGES, CONTROL_BATCH = 16_000, 64  # seen by it: every record more than a thousand times
 CONTROL_SAMPLES = 20  # of it, for each of its records
+LARGEST_PRIOR = 1024  # values of an image up to which a covariance is decomposed to reconstruct it
 NEAREST = "nearest neighbour"
 MODELS = (Target.SHARED, Target.PERSONAL, Target.BOTH)
 
@@ -118,8 +119,9 @@ def audit(spec: SampleSpec, owner_store: Store, records: Records, normals: Norma
             personal=denoiser_from_bytes(personal, personal_key, network_of(spec, SIGMA_DATA)),
             samples=read_samples(sampled, samples_key, ARMS, spec.image, spec.classes.count),
         )
-        prior = prior_of(image_set(holdout, evaluate_spec_of(spec)), spec.classes.count)
-        rebuilt = reconstruct(spec, compared, prior, normals)
+        if spec.image.dimensions <= LARGEST_PRIOR:
+            prior = prior_of(image_set(holdout, evaluate_spec_of(spec)), spec.classes.count)
+            rebuilt = reconstruct(spec, compared, prior, normals)
         control = memorised(spec, compared.few(), lambda share: report(0.2 + 0.6 * share))
         findings += model_findings(spec, compared, models, control)
         copied = [copies_of(target, models.samples, records, holdout, spec) for target in MODELS]
@@ -261,6 +263,10 @@ def compare(spec: SampleSpec, records: Records, holdout: Records) -> tuple[Compa
         "Of both together an attack asks whichever denoiser has the noise level: where all of its levels lie below the "
         "split, it finds what it finds in the personal denoiser alone."
     ]
+    if Target.SHARED not in asked_for_noise(spec):
+        notes = ["On the timeline restarted the shared denoiser was attacked through its samples only."]
+    if spec.image.dimensions > LARGEST_PRIOR:
+        notes.append(f"Images of more than {LARGEST_PRIOR:,} values were not reconstructed from the upload.")
     if known := int((~fresh_N).sum()):
         notes.append(f"{known} held-out records are training records too and were left out.")
     rng, pairs = np.random.default_rng(SEED), []
@@ -314,16 +320,24 @@ class Models:
 def model_findings(spec: SampleSpec, compared: Compared, models: Models, control: "Control") -> list[Finding]:
     """Every attack on every model, on all classes together and on the minority's."""
     promise, schedule = promise_of(spec.privacy, spec.diffusion), schedule_of(spec.diffusion)
-    findings: list[Finding] = []
+    findings, targets = list[Finding](), asked_for_noise(spec)
     for target in MODELS:
         first_step = promise.split_step if target is Target.SHARED else 1
-        for name, scores in attacks_from(first_step, schedule).items():
+        attacks = attacks_from(first_step, schedule) if target in targets else {}
+        for name, scores in attacks.items():
             scores_N = scores(models.of(target, promise.split_sigma), compared.images, compared.labels)
             findings += both_groups(target, name, compared, scores_N, promise, control.area(scores))
         arm = models.samples.images[target.value]
         scores_N = nearest_to(compared, ImageSet(to_model_units(arm), models.samples.labels_N))
         findings += both_groups(target, NEAREST, compared, scores_N, promise, control.nearest_area())
     return findings
+
+
+def asked_for_noise(spec: SampleSpec) -> tuple[Target, ...]:
+    """Whose noise predictions are attacked. On the paper's timeline the shared denoiser makes noised images by a
+    schedule of its own, so it has none for an image, alone or with the personal one: there samples alone are attacked.
+    """
+    return (Target.PERSONAL,) if spec.diffusion.timeline is Timeline.RESTARTED else MODELS
 
 
 def attacks_from(first_step: int, schedule: Schedule) -> dict[str, Scores]:
@@ -373,7 +387,7 @@ def nearest_to(compared: Compared, samples: ImageSet) -> Float64:
 
 
 def copies_of(target: Target, samples: LabelledImages, records: Records, holdout: Records, spec: SampleSpec) -> Copies:
-    """METHOD: a sample is a copy where an own record is nearer than ⅓ (or ½) of the way to any held-out one."""
+    """Of one target: a sample is a copy where an own record is nearer than ⅓ (or ½) of the way to any held-out one."""
     told = evaluate_spec_of(spec)
     own, held_out = image_set(records, told), image_set(holdout, told)
     drawn = ImageSet(to_model_units(samples.images[target.value]), samples.labels_N)

@@ -83,11 +83,15 @@ def rewrite_report(spec: EvaluateSpec, owner_store: Store, records: Records) -> 
 
 
 def read_audit(owner_store: Store, spec: EvaluateSpec) -> Audit | None:
-    """The audit of the denoisers that lie in the store; None where there is none, or only of others before them."""
+    """The audit of what lies in the store; None where there is none, only one of samples before it, or another
+    version's."""
     key = layout.audit(spec.job.uid, spec.client)
     if not owner_store.exists(key):
         return None
-    audit = Audit.model_validate_json(owner_store.get(key))
+    try:
+        audit = Audit.model_validate_json(owner_store.get(key))
+    except ValidationError:
+        return None
     samples = owner_store.get(layout.samples(spec.job.uid, spec.client))
     return audit if audit.samples_sha256 == hashlib.sha256(samples).hexdigest() else None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import Wire, parse
@@ -78,7 +78,10 @@ def reasons_against(store: Store, run: SampleSpec, records_sha256: str) -> list[
     key = layout.audit(run.job.uid, run.client)
     if not store.exists(key):
         return ["the run was not audited (feddiff audit)"]
-    audit = Audit.model_validate_json(store.get(key))
+    try:
+        audit = Audit.model_validate_json(store.get(key))
+    except ValidationError:
+        return ["the audit in the store cannot be read; audit again"]
     for what, at, audited in (
         ("denoiser", layout.personal_denoiser, audit.personal_sha256),
         ("samples", layout.samples, audit.samples_sha256),

@@ -127,7 +127,7 @@ class Audit(Wire):
     confidence: float = CONFIDENCE
     findings: tuple[Finding, ...]
     one_run: tuple[OneRun, ...] = ()
-    reconstruction: Reconstruction | None = None  # None: no held-out records
+    reconstruction: Reconstruction | None = None  # None: no held-out records, or images too large for it
     copies: tuple[Copies, ...] = ()
     blind: Estimate | None = None  # AUC of a denoiser that was trained on nothing; 0.5 unless the held-out ones differ
     notes: tuple[Annotated[str, Field(max_length=500)], ...] = ()

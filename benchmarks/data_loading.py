@@ -1,9 +1,9 @@
 """How fast records are read, per format: `python benchmarks/data_loading.py [--records 10000] [--runs 3]`; JSON rows.
 
-Random images, 28×28 grey and 64×64 in colour, each format in a process of its own: images per second of processor time,
-which other work on the machine disturbs least, from the files until all are checked and hashed, then of one more pass over
-them as float64. `memmap` is that pass over raw bytes that are mapped into memory, without any check: what no format can
-beat.
+Random images, 28×28 grey and 64×64 in colour, each format in a process of its own: images per second of processor
+time, which other work on the machine disturbs least, from the files until all are checked and hashed, then of one more
+pass over them as float64. `memmap` is that pass over raw bytes that are mapped into memory, without any check: what no
+format can beat.
 
 `--release 100000` instead lets the stage release a folder of so many 28×28 PNG files, by `gaussian` and by `summary`:
 processor time, highest memory, and how often it told its progress.

@@ -37,6 +37,7 @@ DIGITS = 4  # of ten: every stage is short
 LOOK_SECONDS = 0.2
 BATCH = 64
 PATIENCE_SECONDS = 900.0
+SHORT, SLOW = 32_000, 2_000.0  # images of a training, and images per second
 JOBS = "/apis/feddiff.dev/v1alpha1/namespaces/research/federateddiffusionjobs"
 
 
@@ -45,11 +46,13 @@ JOBS = "/apis/feddiff.dev/v1alpha1/namespaces/research/federateddiffusionjobs"
 
 @dataclass
 class Laboratory:
-    """A federation, the gate between its pods and the S3 server, and a disk of 4 MB for clinic-a's second dataset."""
+    """A federation, the gate between its pods and the S3 server, a disk of 4 MB for clinic-a's second dataset, and how
+    fast this machine trains."""
 
     world: OwnFederation
     gate: Gate
     disk: Path
+    images_per_second: float = 0.0  # while the shared denoiser is trained
 
 
 def onboard(laboratory: Laboratory, records: Path) -> None:
@@ -131,7 +134,7 @@ class Fault:
     attempts: Mapping[StageKey, int] = field(default_factory=dict)
     any_attempts: bool = False
     end: str = "Complete"
-    shared_images: int = 32_000
+    trains_for: float = 0.0  # seconds of the shared denoiser, at least; as short as can be otherwise
     dataset_a: str = "scans"
     in_ci: bool = False
 
@@ -221,7 +224,11 @@ class Experiment:
 
     def progress(self, rank_0: Object) -> list[int]:
         """How many images it had seen, whenever it said so."""
-        return [json.loads(line)["done"] for line in self.log(rank_0).splitlines() if '"event": "progress"' in line]
+        return [event["done"] for event in self.events(rank_0)]
+
+    def events(self, rank_0: Object) -> list[Object]:
+        """What it said of its progress."""
+        return [json.loads(line) for line in self.log(rank_0).splitlines() if '"event": "progress"' in line]
 
     def here(self, held: Held) -> None:
         """The request that was to be kept is at the gate."""
@@ -267,7 +274,10 @@ SHARED: StageKey = (Stage.TRAIN_SHARED, "")
 
 
 def nothing(x: Experiment) -> None:
-    """For comparison."""
+    """For comparison; how fast this machine trains is seen on the way."""
+    rank_0, _ = x.ranks()
+    half = x.wait("half of the training", lambda: [each for each in x.events(rank_0) if each["done"] > SHORT // 2])
+    x.laboratory.images_per_second = half[0]["images_per_second"]
 
 
 def clients_killed_during_upload(x: Experiment) -> None:
@@ -513,13 +523,13 @@ FAULTS = (
     Fault("five at once", five_at_once, any_attempts=True, in_ci=True),
     Fault("client pods killed during upload", clients_killed_during_upload, {RELEASE_A: 2, RELEASE_B: 2}),
     Fault("one rank killed", one_rank_killed, {SHARED: 2}),
-    Fault("both ranks killed", both_ranks_killed, {SHARED: 2}, shared_images=2_000_000),
-    Fault("operator killed 20 times", operator_killed, shared_images=4_000_000),
+    Fault("both ranks killed", both_ranks_killed, {SHARED: 2}, trains_for=150),
+    Fault("operator killed 20 times", operator_killed, trains_for=400),
     Fault("API server killed", api_server_killed),
     Fault("object store gone for a minute", store_gone_for_a_minute, any_attempts=True),
     Fault("full disk", full_disk, {RELEASE_A: 2}, dataset_a="on-disk"),
-    Fault("network cut between ranks", ranks_cut_off, shared_images=200_000),
-    Fault("node rebooted", rebooted, any_attempts=True, shared_images=200_000),
+    Fault("network cut between ranks", ranks_cut_off, trains_for=90),
+    Fault("node rebooted", rebooted, any_attempts=True, trains_for=60),
     Fault("zombie pod", zombie, {RELEASE_B: 2}),
     Fault("job deleted in training", deleted_in_training, end=""),
     Fault("job deleted during upload", deleted_during_upload, end=""),
@@ -549,7 +559,7 @@ def carry_out(laboratory: Laboratory, fault: Fault, number: int) -> Outcome:
     """A fresh job, the fault in it, and what is to be seen afterwards."""
     began = time.monotonic()
     name = f"chaos-{number}"
-    laboratory.world.apply(job_document(name, fault))
+    laboratory.world.apply(job_document(name, fault, shared_images(fault, laboratory.images_per_second)))
     uid = laboratory.world.job(name)["metadata"]["uid"]
     x = Experiment(laboratory, fault, name, uid)
     fault.strike(x)
@@ -580,7 +590,12 @@ def _of_attempts(fault: Fault, attempts: Mapping[StageKey, int]) -> list[str]:
     ]
 
 
-def job_document(name: str, fault: Fault) -> Object:
+def shared_images(fault: Fault, images_per_second: float) -> int:
+    """How many the shared denoiser sees; a machine that has not trained yet counts as a slow one."""
+    return max(SHORT, round(fault.trains_for * (images_per_second or SLOW)))
+
+
+def job_document(name: str, fault: Fault, images: int) -> Object:
     """As short as a job can be, and long enough in the shared training to be struck there."""
     threads = [{"name": "OMP_NUM_THREADS", "value": "1"}]
     clients = {"clinic-a": fault.dataset_a, "clinic-b": "scans"}
@@ -600,7 +615,7 @@ def job_document(name: str, fault: Fault) -> Object:
             "diffusion": {"splitSigma": "1"},
             "network": {"baseWidth": 8},
             "shared": {
-                "images": fault.shared_images,
+                "images": images,
                 "batch": BATCH,
                 "learningRate": "1e-3",
                 "replicas": 2,

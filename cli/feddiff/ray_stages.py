@@ -6,6 +6,7 @@ is an attempt that was killed; its process is told to stop by the kernel, and sa
 """
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ try:
     import ray
     from ray.exceptions import RayError, RayTaskError
 except ImportError:
-    raise ConfigurationInvalid("--engine ray needs the package ray; try: pip install 'feddiff[ray]'") from None
+    raise ConfigurationInvalid("--engine ray needs one more package: pip install 'feddiff[ray]'") from None
 
 ON_GPU = (Stage.TRAIN_SHARED, Stage.TRAIN_PERSONAL)  # the others compute on the CPU, whatever is there
 LOST = 128 + signal.SIGKILL
@@ -73,6 +74,8 @@ def ray_cluster(address: str | None, processes: int | None, gpu_share: float | N
 
 
 def _join(address: str, processes: int | None) -> None:
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # its ports are open to the network
     own: dict[str, Any] = {"num_cpus": processes, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **(own if address == "local" else {}))

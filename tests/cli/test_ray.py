@@ -50,6 +50,18 @@ def test_a_cluster_says_how_many_processes_and_takes_no_memory_for_objects(clust
     assert ray.cluster_resources()["object_store_memory"] <= OBJECT_STORE_BYTES
 
 
+def test_nobody_joins_a_ray_of_our_own_without_its_token(cluster: dict[str, Any]) -> None:
+    """Its ports are open to the network, and whoever joins runs code."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    script = f"import ray; ray.init({address!r}, log_to_driver=False); print('joined', ray.cluster_resources()['CPU'])"
+    known = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
+    for environment, joins in ((os.environ, True), (known | {"RAY_AUTH_MODE": "disabled"}, False)):
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert ("joined 2.0" in done.stdout) == joins, done.stderr
+
+
 def test_a_job_is_carried_out_once_and_in_order(world: Any, cluster: dict[str, Any]) -> None:
     stages = world.stages()
     for _ in range(2):  # the second time there is nothing to do

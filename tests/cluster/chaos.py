@@ -595,7 +595,7 @@ def shared_images(fault: Fault, images_per_second: float) -> int:
     return max(SHORT, round(fault.trains_for * (images_per_second or SLOW)))
 
 
-def job_document(name: str, fault: Fault, images: int) -> Object:
+def job_document(name: str, fault: Fault, images: int = SHORT) -> Object:
     """As short as a job can be, and long enough in the shared training to be struck there."""
     threads = [{"name": "OMP_NUM_THREADS", "value": "1"}]
     clients = {"clinic-a": fault.dataset_a, "clinic-b": "scans"}

@@ -12,7 +12,6 @@ processor time, highest memory, and how often it told its progress.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from release_speed import commit, cpu_model
 
 from feddiff_protocol import layout
 from feddiff_trainer.records import Records, digest_records, read_records
@@ -213,17 +213,6 @@ def highest_memory(process: int | str) -> int:
     except OSError:
         return 0  # it has ended
     return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), 0)
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return result.stdout.strip() if result.returncode == 0 else "uncommitted"
 
 
 if __name__ == "__main__":

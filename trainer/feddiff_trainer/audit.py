@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,12 +27,13 @@ import torch
 from torch import Tensor
 
 from feddiff_protocol import accountant, layout
-from feddiff_protocol.api import Mechanism, Timeline, parse
-from feddiff_protocol.errors import DataInvalid, FeddiffError, InputMissing
+from feddiff_protocol.api import Mechanism, Timeline
+from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.promise import Promise, promise_of, schedule_of
 from feddiff_protocol.schedule import Schedule
 from feddiff_protocol.stages import EvaluateSpec, ReleaseSpec, SampleSpec
 
+from .answering import answered
 from .attacks import loss_scores, nearest_scores, pia_scores, secmi_scores
 from .batches import loss_of
 from .batches import records as record_batches
@@ -465,19 +465,12 @@ def tell_progress(share: float) -> None:
 
 
 def main() -> int:
-    """The exit code; the answer is on stdout, a mistake of the user is one line on stderr."""
-    try:
-        path = Path(sys.argv[1])
-        try:
-            document = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputMissing(f"{path}: expected a JSON spec that can be read, found: {error}") from None
-        found = body(parse(SampleSpec, document, str(path)), tell_progress)
-        print(json.dumps(found.to_wire() | {"exportRefusals": export_refusals(found)}))
-        return 0
-    except FeddiffError as error:
-        print(f"feddiff: {error}", file=sys.stderr)
-        return error.exit_code
+    return answered(SampleSpec, _answer)
+
+
+def _answer(spec: SampleSpec) -> dict[str, Any]:
+    found = body(spec, tell_progress)
+    return found.to_wire() | {"exportRefusals": export_refusals(found)}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ The answer, one JSON object on stdout, is computed from the records without nois
 Shapes: N records, D values of one image, K classes.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from feddiff_protocol.api import ClassesSpec, ImageSpec, Mechanism, PrivacySpec, SourceSpec, Wire, parse
-from feddiff_protocol.errors import FeddiffError, InputMissing
+from feddiff_protocol.api import ClassesSpec, ImageSpec, Mechanism, PrivacySpec, SourceSpec, Wire
 
+from .answering import answered
 from .records import Records, read_records
 from .shards import layouts
 
@@ -130,18 +129,7 @@ def _released(spec: CheckSpec, privacy: PrivacySpec) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The exit code; a mistake of the user is one line on stderr."""
-    try:
-        path = Path(sys.argv[1])
-        try:
-            document = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputMissing(f"{path}: expected a JSON spec that can be read, found: {error}") from None
-        print(json.dumps(check(parse(CheckSpec, document, str(path)))))
-        return 0
-    except FeddiffError as error:
-        print(f"feddiff: {error}", file=sys.stderr)
-        return error.exit_code
+    return answered(CheckSpec, check)
 
 
 if __name__ == "__main__":

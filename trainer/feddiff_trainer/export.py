@@ -8,7 +8,6 @@ Its answer is on stdout; the record of the export is in the owner's store and th
 
 import hashlib
 import io
-import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +17,11 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import Wire, parse
-from feddiff_protocol.errors import FeddiffError, InputMissing, OutputFailed, PrivacyRefusal
+from feddiff_protocol.api import Wire
+from feddiff_protocol.errors import OutputFailed, PrivacyRefusal
 from feddiff_protocol.stages import SampleSpec
 
+from .answering import answered
 from .audit import evaluate_spec_of
 from .evaluate import rewrite_report
 from .pictures import read_samples
@@ -111,18 +111,7 @@ def _write_new(path: Path, data: bytes) -> None:
 
 
 def main() -> int:
-    """The exit code; the answer is on stdout, a mistake of the user is one line on stderr."""
-    try:
-        path = Path(sys.argv[1])
-        try:
-            document = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputMissing(f"{path}: expected a JSON spec that can be read, found: {error}") from None
-        print(json.dumps(export(parse(ExportSpec, document, str(path))).to_wire()))
-        return 0
-    except FeddiffError as error:
-        print(f"feddiff: {error}", file=sys.stderr)
-        return error.exit_code
+    return answered(ExportSpec, lambda spec: export(spec).to_wire())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ answer, one JSON object on stdout, is what each client's dataset has to declare.
 Shapes: N records, K classes.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from feddiff_protocol.api import WHOLE, Positive, ShareOrNothing, SourceSpec, Wire, parse
-from feddiff_protocol.errors import FeddiffError, InputMissing, OutputFailed, UsageInvalid
+from feddiff_protocol.api import WHOLE, Positive, ShareOrNothing, SourceSpec, Wire
+from feddiff_protocol.errors import OutputFailed, UsageInvalid
 
+from .answering import answered
 from .records import Records, described, read_records
 from .split_page import split_page
 
@@ -162,18 +162,7 @@ def _write(path: Path, records: Records, rows: Rows) -> None:
 
 
 def main() -> int:
-    """The exit code; a mistake of the user is one line on stderr."""
-    try:
-        path = Path(sys.argv[1])
-        try:
-            document = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputMissing(f"{path}: expected a JSON spec that can be read, found: {error}") from None
-        print(json.dumps(split(parse(SplitSpec, document, "feddiff split"))))
-        return 0
-    except FeddiffError as error:
-        print(f"feddiff: {error}", file=sys.stderr)
-        return error.exit_code
+    return answered(SplitSpec, split, "feddiff split")
 
 
 if __name__ == "__main__":

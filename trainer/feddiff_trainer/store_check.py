@@ -3,17 +3,15 @@
 Every question is put to the store itself, with the keys of whoever asks, and answered in one finding; JSON on stdout.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from feddiff_protocol.api import parse
-from feddiff_protocol.errors import FeddiffError, InputMissing
+from feddiff_protocol.errors import InputMissing
 
+from .answering import answered
 from .bucket_check import check_bucket
 from .store_probes import Finding, StoreCheckSpec, behaviour, failed, fine, probe_prefix, warning
 from .stores import FolderStore
@@ -94,19 +92,8 @@ def _mode(root: Path) -> Finding:
 
 
 def main() -> int:
-    """The exit code: 0 once the questions were put, whatever was found; a mistake of the user is one line on stderr."""
-    try:
-        path = Path(sys.argv[1])
-        try:
-            document: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputMissing(f"{path}: expected a JSON spec that can be read, found: {error}") from None
-        findings = check_store(parse(StoreCheckSpec, document, str(path)))
-        print(json.dumps({"findings": [finding.to_wire() for finding in findings]}))
-        return 0
-    except FeddiffError as error:
-        print(f"feddiff: {error}", file=sys.stderr)
-        return error.exit_code
+    """The exit code: 0 once the questions were put, whatever was found."""
+    return answered(StoreCheckSpec, lambda spec: {"findings": [finding.to_wire() for finding in check_store(spec)]})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,24 @@ COUNTS, HELD_OUT = (40, 40, 12, 12), (40,) * 4
 UID, CLIENT = "uid-00000001", "a"
 
 
+def made_up_release(side: int, privacy: dict[str, Any], diffusion: dict[str, Any]) -> ReleaseSpec:
+    """Of one record of either class; nothing of it is read or written."""
+    document = {
+        "job": {"uid": UID, "name": "digits", "namespace": "research"},
+        "attempt": 1,
+        "client": CLIENT,
+        "release": f"prl-{'0' * 40}",
+        "source": {"format": "npz", "path": "not-read.npz"},
+        "image": {"channels": 1, "height": side, "width": side},
+        "classes": {"count": 2, "records": [1, 1]},
+        "privacy": privacy,
+        "diffusion": diffusion,
+        "ownerStore": "file:///not-there",
+        "federationStore": "file:///not-there",
+    }
+    return parse(ReleaseSpec, document, "spec")
+
+
 def images_of(label: int, num: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng([label, seed])
     x_NCHW = rng.integers(0, 120, (num, 1, 8, 8), dtype=np.uint8)

@@ -24,6 +24,8 @@ from feddiff_trainer.checkpoints import Checkpoint, Checkpoints
 from feddiff_trainer.stores import Store, open_store
 from feddiff_trainer.training import BatchLoss, World, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UID = "00000000-0000-4000-8000-000000000001"
 OWNERS = ("clinic-a", "clinic-b")
 SHARED, PERSONAL = layout.shared_checkpoints(UID), layout.personal_checkpoints(UID, "clinic-a")
@@ -34,14 +36,6 @@ import os, sys
 from feddiff_trainer.stores import open_store
 open_store("s3://federation/jobs", "federation").put(sys.argv[1], bytes(512 << 20))
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 for one step, a sample of each class drawn. What comes of one step is noise; that it fits is what is tested.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from feddiff_protocol import layout
@@ -20,16 +18,10 @@ from feddiff_trainer.pictures import read_samples
 from feddiff_trainer.stores import open_store
 from feddiff_trainer.train_shared import network_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UID, CLIENT, COUNTS, BATCH = "uid-00000001", "a", (5, 3), 4
 NETWORKS = {32: {"baseWidth": 8}, 64: {"baseWidth": 8, "numBlocks": 2, "attention": True}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_folder(root: Path, side: int) -> Path:

@@ -1,6 +1,6 @@
 """All arms on Gaussians whose denoisers are known: what comes out, and who is asked at which noise level."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +24,8 @@ from feddiff_trainer.drawing import (
     to_pixels,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PER_CLASS = 4_000
 # Of means in standard deviations and of covariances in variances. Four standard errors of a variance from 4,000 images
 # are 4·√(2/4,000) = 0.09, the samplers' own error is below 0.02.
@@ -44,14 +46,6 @@ JOBS = {
 }
 SAMPLERS = {"heun": 40, "ddpm": 150}  # with the number of steps that keeps their own error below the tolerance
 Moments = tuple[Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawing(job: str, sampler: str = "heun") -> Drawing:

@@ -8,7 +8,6 @@ that law only for y of the images' own.
 Shapes: J components, B images, D values of one image, F features.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +22,8 @@ from feddiff_trainer.drawing import Drawing, draw_both
 from feddiff_trainer.mechanisms import clip_l2, release_summary
 from feddiff_trainer.pooling import OwnerSummary, pool
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCHEDULE = Schedule(1000, 1e-4, 0.02)
 SPLIT_STEP = SCHEDULE.step_at_least(0.5)
 assert SPLIT_STEP is not None
@@ -34,14 +35,6 @@ COUNT, EXACT = 10_000, 100_000
 TOLERANCE = 0.07
 SAMPLERS = {"heun": 40, "ddpm": 150}
 CLIP = 0.3  # about half the length of the components' means
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def double(*values: object) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from feddiff_protocol.api import parse
+from audited_run import made_up_release
 from feddiff_protocol.promise import cap_of, promise_of
 from feddiff_protocol.stages import ReleaseSpec
 from feddiff_trainer.denoising import ClassGaussian
@@ -26,20 +26,7 @@ PRIVACY = {
 
 
 def spec_of(mechanism: str, **privacy: Any) -> ReleaseSpec:
-    document = {
-        "job": {"uid": "uid-00000001", "name": "digits", "namespace": "research"},
-        "attempt": 1,
-        "client": "a",
-        "release": f"prl-{'0' * 40}",
-        "source": {"format": "npz", "path": "not-read.npz"},
-        "image": {"channels": 1, "height": SIDE, "width": SIDE},
-        "classes": {"count": 2, "records": [1, 1]},
-        "privacy": PRIVACY[mechanism] | privacy,
-        "diffusion": {} if mechanism == "gaussian" else {"splitSigma": "2"},
-        "ownerStore": "file:///not-there",
-        "federationStore": "file:///not-there",
-    }
-    return parse(ReleaseSpec, document, "spec")
+    return made_up_release(SIDE, PRIVACY[mechanism] | privacy, {} if mechanism == "gaussian" else {"splitSigma": "2"})
 
 
 def seeded(scale: float = 1.0) -> Normals:

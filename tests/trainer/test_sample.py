@@ -5,7 +5,6 @@ The shared denoiser makes dark images, the personal one bright ones, both a litt
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,14 @@ from feddiff_trainer.network import Denoiser, NetworkConfig
 from feddiff_trainer.pictures import LabelledImages, read_samples
 from feddiff_trainer.stores import open_store
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VARIANCE = 0.001
 UID, CLIENT, ARMS = "uid-00000001", "a", ("both", "shared", "personal")
 PRIVACY = {
     "summary": {"mechanism": "summary", "clipNorm": "3", "momentClipNorm": "2"},
     "gaussian": {"mechanism": "gaussian", "clipNorm": "3"},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def gaussian(level: float) -> ClassGaussian:

@@ -5,7 +5,7 @@ The data: 4×4 images of two classes; owner b's release is the other one in the 
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from feddiff_trainer.telemetry import telling
 from feddiff_trainer.train_personal import clipped_images, images_of, personal_pool, source_of
 from feddiff_trainer.train_shared import Releases, pool_of, releases_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UID = "uid-00000001"
 COUNTS = {"a": (60, 20), "b": (20, 60)}
 JOBS = {
@@ -42,14 +44,6 @@ JOBS = {
 }
 STEPS, BATCH, DRAWN = 10, 16, 3000
 PROGRESS_FIELDS = {"event", "level", "timestamp", "stage", "done", "total", "unit"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_records(path: Path, counts: tuple[int, ...], seed: int) -> None:

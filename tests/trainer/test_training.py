@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,13 @@ from feddiff_trainer.checkpoints import Checkpoints
 from feddiff_trainer.stores import FolderStore
 from feddiff_trainer.training import BatchLoss, Progress, World, distributed, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = World(0, 1, torch.device("cpu"))
 BATCH, NUM_STEPS = 16, 20
 # Two ranks against one, float32, relative to the norm of all weights, after 20 steps. Measured: 4e-8; the mutants 0.1.
 TOLERANCE = 1e-5
 WEIGHTS = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class SmallDenoiser(nn.Module):

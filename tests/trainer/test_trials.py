@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from feddiff_protocol.api import parse
+from audited_run import made_up_release
 from feddiff_protocol.privunit import best_cap
 from feddiff_protocol.promise import promise_of
 from feddiff_protocol.stages import ReleaseSpec
@@ -28,20 +28,7 @@ PRIVACY = {
 
 
 def spec_of(name: str, **changes: Any) -> ReleaseSpec:
-    document = {
-        "job": {"uid": "uid-00000001", "name": "digits", "namespace": "research"},
-        "attempt": 1,
-        "client": "a",
-        "release": f"prl-{'0' * 40}",
-        "source": {"format": "npz", "path": "not-read.npz"},
-        "image": {"channels": 1, "height": 8, "width": 8},
-        "classes": {"count": 2, "records": [1, 1]},
-        "privacy": PRIVACY[name] | changes,
-        "diffusion": {} if name.startswith("gaussian") else {"splitSigma": "2"},
-        "ownerStore": "file:///not-there",
-        "federationStore": "file:///not-there",
-    }
-    return parse(ReleaseSpec, document, "spec")
+    return made_up_release(8, PRIVACY[name] | changes, {} if name.startswith("gaussian") else {"splitSigma": "2"})
 
 
 def seeded(scale: float = 1.0) -> Normals:

@@ -42,7 +42,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 CLI = (DOCS / "cli.md").read_text()
 EXIT_CODES = (DOCS / "exit-codes.md").read_text()
-EXAMPLE_FOLDERS = sorted({path.parent for path in (ROOT / "examples").rglob("*.yaml")})
+EXPERIMENTS = sorted((ROOT / "examples" / "experiments").glob("*.yaml"))  # no documents
+EXAMPLE_FOLDERS = sorted({path.parent for path in (ROOT / "examples").rglob("*.yaml") if path not in EXPERIMENTS})
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 
 

@@ -58,7 +58,7 @@ def network_of(spec: SampleSpec, sigma_data: float) -> NetworkConfig:
 
 def generator_of(spec: SampleSpec) -> torch.Generator:
     """The run's own samples are the same at every attempt; further ones are new whenever they are asked for."""
-    seed = 0 if spec.output is None else int.from_bytes(os.urandom(8), "big")
+    seed = spec.seed_or_zero if spec.output is None else int.from_bytes(os.urandom(8), "big")
     return torch.Generator().manual_seed(seed)
 
 

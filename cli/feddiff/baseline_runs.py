@@ -46,7 +46,7 @@ def run_baseline(
 
 
 def image_steps(unit: Unit, baseline: Baseline) -> dict[str, int]:
-    """What every one of its networks sees: as much as a personal denoiser of the job."""
+    """What every one of its networks sees, of fedavg each client's: as much as a personal denoiser of the job."""
     return {baseline.value: unit.job.document.spec.personal.images}
 
 
@@ -79,6 +79,7 @@ def _common(unit: Unit, baseline: Baseline, folder: RunFolder) -> dict[str, obje
         "owners": owners,
         "image": unit.job.first_dataset.document.spec.image,
         "like": unit.job.document.spec,
+        **({"rounds": unit.rounds} if unit.rounds is not None else {}),
         "store": store_uri(folder.path / STORE),
     }
 

@@ -1,7 +1,7 @@
 """An experiment's file, and the runs that it asks for: every arm, for every cell of the grid, with every seed.
 
-    job: summary.yaml                    # a file, or the FederatedDiffusionJob itself
-    datasets: [data-{seed}/owners.yaml]  # {seed}, where it stands, makes a split for each seed
+    job: summary.yaml                      # a file, or the FederatedDiffusionJob itself
+    datasets: ["data-{seed}/owners.yaml"]  # {seed}, where it stands, makes a split for each seed
     seeds: [0, 1, 2]
     grid: {privacy.epsilon: ["1", "10"]}
     arms:
@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from feddiff_protocol.api import FederatedDiffusionJob, Name, Text, Wire, parse
-from feddiff_protocol.baselines import RELEASE_FIELDS, Baseline
+from feddiff_protocol.baselines import DEFAULT_ROUNDS, RELEASE_FIELDS, Baseline, Rounds
 from feddiff_protocol.errors import SpecInvalid
 from feddiff_protocol.stages import Seed
 
@@ -45,6 +45,7 @@ class ArmSpec(Wire):
     name: Name | None = None  # a baseline's own, unless given
     set: Mapping[FieldPath, Any] = {}
     baseline: Baseline | None = None
+    rounds: Rounds | None = None  # of fedavg; 100 unless said
 
     @property
     def called(self) -> str:
@@ -54,6 +55,12 @@ class ArmSpec(Wire):
     def _has_a_name(self) -> "ArmSpec":
         if not self.called:
             raise ValueError("expected a name, or a baseline, found neither; add one")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_go_with_fedavg(self) -> "ArmSpec":
+        if self.rounds is not None and self.baseline is not Baseline.FEDAVG:
+            raise ValueError(f"rounds: belongs to baseline fedavg, found {self.baseline or 'none'}; remove it")
         return self
 
 
@@ -79,6 +86,7 @@ class Unit:
     seed: int
     job: LocalJob
     baseline: Baseline | None = None  # then `job` is what it is compared with
+    rounds: int | None = None  # of fedavg
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -98,7 +106,7 @@ class Unit:
         job: dict[str, Any] = {"spec": self.job.document.spec.to_wire()}
         if self.baseline is not None:
             job = with_fields(job, dict.fromkeys(RELEASE_FIELDS))
-        said = [self.arm, self.baseline, self.seed, job, data]
+        said = [self.arm, self.baseline, self.rounds, self.seed, job, data]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def folder(self, out: Path) -> Path:
@@ -198,10 +206,14 @@ def expand(
     known = set()
     for seed, cell, arm in itertools.product(dict.fromkeys(spec.seeds), cells, spec.arms):
         local = _job_of(arm, cell, job, datasets[seed], where)
-        unit = Unit(arm.called, concerning(cell, arm.baseline), seed, local, arm.baseline)
+        unit = Unit(arm.called, concerning(cell, arm.baseline), seed, local, arm.baseline, rounds_of(arm))
         if unit.key not in known:
             known.add(unit.key)
             yield unit
+
+
+def rounds_of(arm: ArmSpec) -> int | None:
+    return (arm.rounds or DEFAULT_ROUNDS) if arm.baseline is Baseline.FEDAVG else None
 
 
 def concerning(cell: Cell, baseline: Baseline | None) -> Cell:

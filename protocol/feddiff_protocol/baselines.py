@@ -10,13 +10,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from .api import ClassesSpec, FederatedDiffusionJobSpec, ImageSpec, Name, SourceSpec, Wire
+from .api import WHOLE, ClassesSpec, FederatedDiffusionJobSpec, ImageSpec, Name, SourceSpec, Wire
 from .stages import SeededSpec, Stage, Uri
 
 
 class Baseline(StrEnum):
     LOCAL = "local"  # each owner's own clean records, from pure noise
     CENTRAL = "central"  # everybody's clean records, in one network
+    FEDAVG = "fedavg"  # one network, whose weights all owners train on their own records and average
 
     @property
     def leaves(self) -> str:
@@ -32,6 +33,7 @@ class Baseline(StrEnum):
 LEAVES: Mapping[Baseline, str] = {
     Baseline.LOCAL: "nothing",
     Baseline.CENTRAL: "every record as it is: NOT PRIVATE",
+    Baseline.FEDAVG: "weights in every round, without noise: NOT PRIVATE",
 }
 
 # Fields of a job, or all below them, that no network of these baselines depends on: they know of no release.
@@ -39,6 +41,10 @@ RELEASE_FIELDS = (
     *("privacy", "shared", "diffusion.splitSigma", "diffusion.timeline"),
     *("personal.releaseShare", "personal.releaseSigma", "personal.clipMix"),
 )
+
+
+DEFAULT_ROUNDS = 100
+Rounds = Annotated[int, Field(ge=1, le=10**6), WHOLE]
 
 
 class OwnerRecords(Wire):
@@ -57,6 +63,7 @@ class BaselineSpec(SeededSpec):
     owners: Annotated[tuple[OwnerRecords, ...], Field(min_length=1)]
     image: ImageSpec
     like: FederatedDiffusionJobSpec  # the job: network, image-steps, batch, rate and sampler are its own
+    rounds: Rounds = DEFAULT_ROUNDS  # of fedavg
     store: Uri
 
     def owner(self, client: str) -> OwnerRecords:

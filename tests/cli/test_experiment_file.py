@@ -48,6 +48,14 @@ def test_a_job_may_stand_in_the_file_itself(world: Any) -> None:
     assert loaded(world, job=yaml.safe_load((world.path / "job.yaml").read_text())).units == loaded(world).units
 
 
+def test_the_rounds_of_federated_averaging_are_part_of_what_is_asked(world: Any) -> None:
+    arms = [{"baseline": "fedavg"}, {"baseline": "fedavg", "rounds": 7, "name": "fedavg-7"}, {"baseline": "local"}]
+    units = loaded(world, arms=arms).units
+    assert [unit.rounds for unit in units] == [100, 7, None]
+    again = loaded(world, arms=[{"baseline": "fedavg", "rounds": 8, "name": "fedavg-7"}]).units
+    assert units[1].asked != again[0].asked
+
+
 def test_a_seed_may_have_a_split_of_its_own(world: Any) -> None:
     file = world.experiment_file(datasets=["split-{seed}/owners.yaml"], seeds=[1, 2])
     for seed in (1, 2):
@@ -84,6 +92,9 @@ def test_fields_are_set_by_their_paths_and_the_job_itself_stays_as_it_is() -> No
         ({"arms": []}, "arms: "),
         ({"arms": [{"name": "a"}, {"name": "a"}]}, "arms: expected distinct names, found a twice"),
         ({"arms": [{"name": "A b"}]}, "arms.0.name: "),
+        ({"arms": [{}]}, "arms.0: expected a name, or a baseline, found neither"),
+        ({"arms": [{"name": "a", "rounds": 5}]}, "rounds: belongs to baseline fedavg, found none"),
+        ({"arms": [{"baseline": "locally"}]}, "arms.0.baseline: "),
         ({"seed": [1]}, "seed: unknown field"),
         ({"seeds": [-1]}, "seeds.0: "),
         ({"grid": {"privacy.epsilon": []}}, "grid."),

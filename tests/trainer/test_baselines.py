@@ -197,3 +197,32 @@ def test_without_held_out_records_nothing_is_measured(folder: Path) -> None:
     del spec["owners"][0]["source"]["holdoutPath"]
     with pytest.raises(InputMissing, match=r"client a: expected source\.holdoutPath"):
         measure_baseline.body(parse(MeasureBaselineSpec, spec, "spec"))
+
+
+# ---- FedAvg -----------------------------------------------------------------------------------------------------
+
+
+def test_federated_averaging_with_one_owner_is_its_local_network(folder: Path) -> None:
+    alone = document(folder, "fedavg", "")["owners"][:1]
+    train_baseline.body(training(folder, "fedavg", owners=alone, rounds=2))
+    assert stored(training(folder, "fedavg")) == plain(training(folder, "local", "a"), "a")
+
+
+def test_federated_averaging_gives_each_owner_its_own_records_and_weight(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+
+    def noticed(network: Any, losses: Any, num_records: Any, **settings: Any) -> Any:
+        told.update(settings, num_records=num_records, losses=len(losses))
+        return network
+
+    monkeypatch.setattr(train_baseline, "fedavg", noticed)
+    train_baseline.body(training(folder, "fedavg", rounds=3))
+    assert (told["num_records"], told["losses"], told["rounds"], told["num_images"]) == ([45, 25], 2, 3, IMAGES)
+    assert train_baseline.network_key(training(folder, "fedavg"), "") == layout.shared_denoiser(UID)
+
+
+def test_federated_averaging_is_measured_with_the_network_in_common(folder: Path) -> None:
+    train_baseline.body(training(folder, "fedavg", rounds=2))
+    assert figures(measuring(folder, "fedavg", "b"))["client"] == "b"

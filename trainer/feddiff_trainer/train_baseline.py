@@ -1,9 +1,11 @@
 """One network of a baseline, in an experiment: what a job is compared with, trained as long and at the same rate.
 
-`local` learns from its owner's clean records, `central` from everybody's. Nothing here promises anything.
+`local` learns from its owner's clean records, `central` from everybody's; of `fedavg` every owner's weights do, and are
+averaged. Nothing here promises anything.
 """
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +17,10 @@ from feddiff_protocol.promise import schedule_of
 from .batches import Source, loss_of, records
 from .checkpoints import Checkpoints
 from .denoisers import denoiser_bytes
+from .fedavg import fedavg
 from .network import Denoiser, NetworkConfig
 from .records import read_source
-from .stage import run_stage
+from .stage import report_progress, run_stage
 from .stores import open_store
 from .train_personal import images_of, show_progress
 from .train_shared import EMA_WIDTH, SIGMA_DATA, network_config
@@ -25,22 +28,37 @@ from .training import distributed, train
 
 
 def body(spec: TrainBaselineSpec) -> dict[str, str]:
-    store, training = open_store(spec.store), spec.like.personal
-    with distributed() as world:
-        denoiser = train(
-            initial_network(spec),
-            loss_of(source_of(spec, world.device), SIGMA_DATA),
-            world=world,
-            num_images=training.images,
-            batch=training.batch,
-            learning_rate=float(training.learning_rate),
-            ema_width=EMA_WIDTH,
-            seed=spec.seed_or_zero,
-            on_progress=show_progress,
-            checkpoints=Checkpoints(store, checkpoints_key(spec)),
-        )
+    store = open_store(spec.store)
+    denoiser = trained(spec, Checkpoints(store, checkpoints_key(spec)))
     store.put(network_key(spec, spec.client), denoiser_bytes(denoiser))
     return {}
+
+
+def trained(spec: TrainBaselineSpec, checkpoints: Checkpoints) -> Denoiser:
+    """The network after as many image-steps as a personal denoiser of the job; of fedavg each client's."""
+    network, training = initial_network(spec), spec.like.personal
+    settings: dict[str, Any] = {
+        "num_images": training.images,
+        "batch": training.batch,
+        "learning_rate": float(training.learning_rate),
+        "ema_width": EMA_WIDTH,
+        "seed": spec.seed_or_zero,
+        "checkpoints": checkpoints,
+    }
+    with distributed() as world:
+        if spec.baseline is not Baseline.FEDAVG:
+            loss = loss_of(source_of(spec, world.device), SIGMA_DATA)
+            return train(network, loss, world=world, on_progress=show_progress, **settings)
+        sources = [clean_source(spec, [owner.client], world.device) for owner in spec.owners]
+        return fedavg(
+            network,
+            [loss_of(source, SIGMA_DATA) for source in sources],
+            [sum(owner.classes.records) for owner in spec.owners],
+            rounds=spec.rounds,
+            device=world.device,
+            on_progress=lambda done, total: report_progress(done, total, "images"),
+            **settings,
+        )
 
 
 def initial_network(spec: BaselineSpec) -> Denoiser:
@@ -64,8 +82,13 @@ def checkpoints_key(spec: BaselineSpec) -> str:
 
 
 def source_of(spec: TrainBaselineSpec, device: torch.device) -> Source:
-    """Clean records at every noise level, classes as they come: of the client, or of everybody."""
-    clients = [spec.client] if spec.baseline is Baseline.LOCAL else [owner.client for owner in spec.owners]
+    """What one network is trained on: the client's clean records, or everybody's."""
+    clients = [spec.client] if spec.client else [owner.client for owner in spec.owners]
+    return clean_source(spec, clients, device)
+
+
+def clean_source(spec: TrainBaselineSpec, clients: list[str], device: torch.device) -> Source:
+    """Clean records of these clients at every noise level, classes as they come."""
     images_NCHW, label_N = clean_images(spec, clients)
     sigmas = schedule_of(spec.like.diffusion).sigmas
     return records(images_NCHW.to(device), label_N.to(device), (sigmas[0], sigmas[-1]))

@@ -21,7 +21,7 @@ from feddiff_protocol.stages import Receipt, job_reference
 
 from .engine import OUR_BUG, Setting
 from .experiment_file import Unit
-from .owner_stages import StageFailed
+from .owner_stages import StageFailed, finished_sample_spec
 from .processes import INTERRUPTED, Attempt, stop_orphans
 from .run_folder import RunFolder, store_uri
 
@@ -31,23 +31,28 @@ Groups = Mapping[str, Mapping[str, float | None]]  # by group of classes, then b
 
 
 def run_baseline(
-    unit: Unit, baseline: Baseline, folder: RunFolder, setting: Setting
+    unit: Unit, baseline: Baseline, folder: RunFolder, run: RunFolder | None, setting: Setting
 ) -> tuple[dict[str, Groups], dict[str, int], list[Receipt]]:
-    """Every owner's figures, image-steps by network, and the receipts of all stages, whichever run earned them.
+    """Every owner's figures, image-steps by network, and the receipts of all stages, whichever attempt earned them.
+    `run` is the job's that the baseline takes, if it does.
 
     Raises Interrupted when stopped, StageFailed with a stage's own words and code.
     """
     stop_orphans(folder.path / "stages", setting.grace_seconds)
-    receipts = []
-    for specs in (training_specs(unit, baseline, folder), measuring_specs(unit, baseline, folder)):
-        receipts += _Stages(specs, folder, setting).run()
+    receipts = _Stages(training_specs(unit, baseline, folder), folder, setting).run()
+    receipts += _Stages(measuring_specs(unit, baseline, folder, run), folder, setting).run()
     owners = {client: measured(folder, uid_of(unit), client) for client in unit.job.datasets}
     return owners, image_steps(unit, baseline), receipts
 
 
 def image_steps(unit: Unit, baseline: Baseline) -> dict[str, int]:
     """What every one of its networks sees, of fedavg each client's: as much as a personal denoiser of the job."""
-    return {baseline.value: unit.job.document.spec.personal.images}
+    spec = unit.job.document.spec
+    if baseline is Baseline.DRAWS:
+        return {}
+    if baseline is Baseline.ORACLE:
+        return {"shared": spec.shared.images, "personal": spec.personal.images}
+    return {"personal" if baseline.is_of_a_run else baseline.value: spec.personal.images}
 
 
 def uid_of(unit: Unit) -> str:
@@ -56,14 +61,16 @@ def uid_of(unit: Unit) -> str:
 
 
 def training_specs(unit: Unit, baseline: Baseline, folder: RunFolder) -> list[TrainBaselineSpec]:
-    clients = list(unit.job.datasets) if baseline.networks == "own" else [""]
     common = _common(unit, baseline, folder)
-    return [TrainBaselineSpec(**{**common, "client": client}) for client in clients]
+    return [TrainBaselineSpec(**{**common, "client": client}) for client in baseline.networks(unit.job.datasets)]
 
 
-def measuring_specs(unit: Unit, baseline: Baseline, folder: RunFolder) -> list[MeasureBaselineSpec]:
+def measuring_specs(
+    unit: Unit, baseline: Baseline, folder: RunFolder, run: RunFolder | None
+) -> list[MeasureBaselineSpec]:
     common = _common(unit, baseline, folder)
-    return [MeasureBaselineSpec(**{**common, "client": client}) for client in unit.job.datasets]
+    runs = {client: finished_sample_spec(run, client) if run is not None else None for client in unit.job.datasets}
+    return [MeasureBaselineSpec(**{**common, "client": client, "run": of_client}) for client, of_client in runs.items()]
 
 
 def _common(unit: Unit, baseline: Baseline, folder: RunFolder) -> dict[str, object]:

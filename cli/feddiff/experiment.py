@@ -58,6 +58,7 @@ class Row(Wire):
     experiment: str
     arm: Name
     baseline: Baseline | None = None
+    of: Name | None = None  # the arm whose run it takes
     cell: Mapping[str, Any]
     seed: Seed
     promise: PromiseMade | None = None  # None: nothing is promised to anybody
@@ -121,8 +122,11 @@ class Found:
 def _run(unit: Unit, out: Path, setting: Setting) -> Found:
     """The unit carried on from wherever it stands."""
     folder = RunFolder(unit.folder(out))
+    if unit.baseline is Baseline.ALONE:
+        return _personal_alone(unit, _run_taken(unit, out))
     if unit.baseline is not None:
-        return Found(*run_baseline(unit, unit.baseline, folder, setting))
+        run = _run_taken(unit, out) if unit.of is not None else None
+        return Found(*run_baseline(unit, unit.baseline, folder, run, setting))
     outcome = run_job(unit.job, folder, replace(setting, seed=unit.seed))
     if outcome.exit_code:
         log = f"; its words are in {outcome.log}" if outcome.log is not None else ""
@@ -132,6 +136,21 @@ def _run(unit: Unit, out: Path, setting: Setting) -> Found:
     shared = spec.shared.images if spec.shared.denoiser == "trained" else 0
     image_steps = {"shared": shared, "personal": spec.personal.images}
     return Found(owners, image_steps, list(_receipts(folder, outcome.uid, unit.job)))
+
+
+def _run_taken(unit: Unit, out: Path) -> RunFolder:
+    """The job's run in the same cell with the same seed."""
+    assert unit.of is not None
+    return RunFolder(replace(unit, arm=unit.of).folder(out))
+
+
+def _personal_alone(unit: Unit, run: RunFolder) -> Found:
+    """Every run has measured it: its second arm."""
+    uid = run.record().uid
+    owners = {client: evaluated(dataset, uid, client, "personal") for client, dataset in unit.job.datasets.items()}
+    own = (Stage.TRAIN_PERSONAL, Stage.SAMPLE, Stage.EVALUATE)
+    receipts = [receipt for receipt in _receipts(run, uid, unit.job) if receipt.stage in own]
+    return Found(owners, {"personal": unit.job.document.spec.personal.images}, receipts)
 
 
 def evaluated(dataset: LocalDataset, uid: str, client: str, arm: str = ARM) -> Groups:
@@ -238,9 +257,10 @@ def _row(experiment: Experiment, unit: Unit, found: Found) -> Row:
         experiment=experiment.name,
         arm=unit.arm,
         baseline=unit.baseline,
+        of=unit.of,
         cell=unit.cell,
         seed=unit.seed,
-        promise=promise_made(unit.job) if unit.baseline is None else None,
+        promise=promise_made(unit.job) if unit.baseline is None or unit.of is not None else None,
         owners=found.owners,
         image_steps=found.image_steps,
         seconds=round(sum(receipt.milliseconds for receipt in found.receipts) / 1000, 1),

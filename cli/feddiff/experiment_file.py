@@ -16,6 +16,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from feddiff_protocol.api import FederatedDiffusionJob, Name, Text, Wire, parse
+from feddiff_protocol.api import FederatedDiffusionJob, Mechanism, Name, Text, Wire, parse
 from feddiff_protocol.baselines import DEFAULT_ROUNDS, RELEASE_FIELDS, Baseline, Rounds
 from feddiff_protocol.errors import SpecInvalid
 from feddiff_protocol.stages import Seed
@@ -46,6 +47,7 @@ class ArmSpec(Wire):
     set: Mapping[FieldPath, Any] = {}
     baseline: Baseline | None = None
     rounds: Rounds | None = None  # of fedavg; 100 unless said
+    of: Name | None = None  # the arm whose run a baseline takes; the only job's, unless given
 
     @property
     def called(self) -> str:
@@ -61,6 +63,15 @@ class ArmSpec(Wire):
     def _rounds_go_with_fedavg(self) -> "ArmSpec":
         if self.rounds is not None and self.baseline is not Baseline.FEDAVG:
             raise ValueError(f"rounds: belongs to baseline fedavg, found {self.baseline or 'none'}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _takes_a_run_as_it_is(self) -> "ArmSpec":
+        of_a_run = self.baseline is not None and self.baseline.is_of_a_run
+        if self.of is not None and not of_a_run:
+            raise ValueError(f"of: belongs to a baseline of a job's run, found {self.baseline or 'none'}; remove it")
+        if self.set and of_a_run:
+            raise ValueError(f"set: baseline {self.baseline} takes a run as it is; set it in that run's own arm")
         return self
 
 
@@ -87,6 +98,7 @@ class Unit:
     job: LocalJob
     baseline: Baseline | None = None  # then `job` is what it is compared with
     rounds: int | None = None  # of fedavg
+    of: str | None = None  # the arm whose run in the same cell with the same seed a baseline takes
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -104,9 +116,9 @@ class Unit:
         documents = [dataset.document for dataset in self.job.datasets.values()]
         data = [[each.metadata.to_wire(), each.spec.image.to_wire(), each.spec.classes.to_wire()] for each in documents]
         job: dict[str, Any] = {"spec": self.job.document.spec.to_wire()}
-        if self.baseline is not None:
+        if self.baseline is not None and not self.baseline.knows_of_releases:
             job = with_fields(job, dict.fromkeys(RELEASE_FIELDS))
-        said = [self.arm, self.baseline, self.rounds, self.seed, job, data]
+        said = [self.arm, self.baseline, self.rounds, self.of, self.seed, job, data]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def folder(self, out: Path) -> Path:
@@ -199,14 +211,19 @@ def expand(
 
     Raises SpecInvalid for two arms of one name, a field that arm and grid both set, and a job that is none.
     """
+    _check_distinct(spec, where)
     _check_arms(spec, where)
-    cells = [dict(zip(spec.grid, values, strict=True)) for values in itertools.product(*spec.grid.values())]
-    if (count := len(cells) * len(spec.seeds) * len(spec.arms)) > MOST_UNITS:
+    count = math.prod([len(spec.seeds), len(spec.arms), *map(len, spec.grid.values())])
+    if count > MOST_UNITS:
         raise SpecInvalid(f"{where}: expected at most {MOST_UNITS} runs, found {count}; leave out cells, seeds or arms")
+    cells = [dict(zip(spec.grid, values, strict=True)) for values in itertools.product(*spec.grid.values())]
+    arms = sorted(((arm, _arm_taken(arm, spec.arms, where)) for arm in spec.arms), key=lambda pair: pair[1] is not None)
     known = set()
-    for seed, cell, arm in itertools.product(dict.fromkeys(spec.seeds), cells, spec.arms):
-        local = _job_of(arm, cell, job, datasets[seed], where)
-        unit = Unit(arm.called, concerning(cell, arm.baseline), seed, local, arm.baseline, rounds_of(arm))
+    for seed, cell, (arm, taken) in itertools.product(spec.seeds, cells, arms):
+        local = _job_of(taken or arm, cell, job, datasets[seed], where)
+        _check_pooled(arm, local, where)
+        of = taken.called if taken is not None else None
+        unit = Unit(arm.called, concerning(cell, arm.baseline), seed, local, arm.baseline, rounds_of(arm), of)
         if unit.key not in known:
             known.add(unit.key)
             yield unit
@@ -218,15 +235,43 @@ def rounds_of(arm: ArmSpec) -> int | None:
 
 def concerning(cell: Cell, baseline: Baseline | None) -> Cell:
     """The part of a cell that an arm depends on: a baseline that knows of no release is run once for all of them."""
-    if baseline is None:
+    if baseline is None or baseline.knows_of_releases:
         return cell
     return {field: value for field, value in cell.items() if not any(_is_within(field, of) for of in RELEASE_FIELDS)}
 
 
+def _arm_taken(arm: ArmSpec, arms: Sequence[ArmSpec], where: str) -> ArmSpec | None:
+    """The arm whose run a baseline takes; it comes after that run."""
+    if arm.baseline is None or not arm.baseline.is_of_a_run:
+        return None
+    jobs = {each.called: each for each in arms if each.baseline is None}
+    if arm.of is None and len(jobs) == 1:
+        return next(iter(jobs.values()))
+    if arm.of not in jobs:
+        raise SpecInvalid(
+            f"{where}: arm {arm.called}: of: expected the name of an arm that is a job,"
+            f" {', '.join(jobs) or 'there is none'}; found {arm.of or 'none'}"
+        )
+    return jobs[arm.of]
+
+
+def _check_pooled(arm: ArmSpec, job: LocalJob, where: str) -> None:
+    if arm.baseline in (Baseline.CLOSED_FORM, Baseline.DRAWS) and job.promise.mechanism is Mechanism.GAUSSIAN:
+        raise SpecInvalid(
+            f"{where}: arm {arm.called}: expected a run with mechanism summary or privunit, whose classes are pooled,"
+            " found gaussian; take another run"
+        )
+
+
+def _check_distinct(spec: ExperimentSpec, where: str) -> None:
+    listed = {"arms": [arm.called for arm in spec.arms], "seeds": [str(seed) for seed in spec.seeds]}
+    listed |= {f"grid.{field}": [_text(value) for value in values] for field, values in spec.grid.items()}
+    for name, values in listed.items():
+        if twice := sorted({value for value in values if values.count(value) > 1}):
+            raise SpecInvalid(f"{where}: {name}: expected distinct ones, found {', '.join(twice)} twice; leave one out")
+
+
 def _check_arms(spec: ExperimentSpec, where: str) -> None:
-    names = [arm.called for arm in spec.arms]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise SpecInvalid(f"{where}: arms: expected distinct names, found {', '.join(twice)} twice; rename one")
     for arm in spec.arms:
         if both := sorted(
             path for path in arm.set for field in spec.grid if _is_within(path, field) or _is_within(field, path)
@@ -269,8 +314,3 @@ def with_fields(job: Mapping[str, Any], fields: Mapping[str, Any], where: str = 
         else:
             place[name] = copy.deepcopy(value)
     return document
-
-
-def job_arms(units: Sequence[Unit]) -> list[str]:
-    """Names of the arms, in the file's order."""
-    return list(dict.fromkeys(unit.arm for unit in units))

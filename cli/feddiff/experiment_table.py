@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from feddiff_protocol.baselines import Baseline
 from feddiff_protocol.errors import InputMissing
 
 from .experiment import ROWS, Row
@@ -24,6 +25,12 @@ LOG_FROM = 10  # times the smallest value: a grid so wide is drawn on a logarith
 NOT_PRIVATE = (
     "**Not private**: measured on every owner's records. For records that may be seen by whoever reads this, such as a"
     " public data set."
+)
+
+GAP_CLOSED = (
+    "Minority gap closed: (local − arm)/(local − central) in the minority's Fréchet distance, 1 being as good as"
+    " `central`; needs both baselines. A Fréchet distance is one of a small classifier's features, never to be compared"
+    " with an FID."
 )
 
 
@@ -48,6 +55,7 @@ COLUMNS = (
     Column("told apart", "pooled", "two_sample_accuracy", max),
     Column("copies ½, minority", "minority", "copies_half", max),
 )
+MINORITY_DISTANCE = next(column for column in COLUMNS if column.title == "Fréchet, minority")
 DRAWN = ("recall, minority", "recall, majority", "Fréchet, minority", "Fréchet, pooled")
 
 
@@ -107,25 +115,57 @@ def write_results(rows: Sequence[Row], out: Path) -> list[Path]:
 def table(rows: Sequence[Row]) -> str:
     """Markdown, with how it came about."""
     lines = lines_of(rows)
+    means = [[spread(line.over_owners(column)) for column in COLUMNS] for line in lines]
+    worst = [[spread(line.over_owners(column, column.worst)) for column in COLUMNS] for line in lines]
+    closed = [[spread(gaps_closed(line, rows))] for line in lines]
+    titles = [column.title for column in COLUMNS]
     parts = [f"# {rows[0].experiment}", NOT_PRIVATE, _provenance(rows), "## Mean over owners"]
-    parts += [_markdown(rows, lines, mean), "## Worst owner", _markdown(rows, lines, None)]
+    with_gaps = [figures + gap for figures, gap in zip(means, closed, strict=True)]
+    parts.append(_markdown(rows, lines, [*titles, "minority gap closed"], with_gaps))
+    parts += [GAP_CLOSED, "## Worst owner", _markdown(rows, lines, titles, worst)]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(rows: Sequence[Row], lines: Sequence[Line], pick: Callable[[Iterable[float]], float] | None) -> str:
+def _markdown(rows: Sequence[Row], lines: Sequence[Line], titles: Sequence[str], figures: Sequence[list[str]]) -> str:
     fields = fields_of(rows)
-    head = ["arm", *fields, "what leaves an owner", "seeds", *(column.title for column in COLUMNS)]
+    head = ["arm", *fields, "what leaves an owner", "seeds", *titles]
     body = [
         [
             line.arm,
             *(_shown(line.cell.get(field, "–")) for field in fields),
             promised(line.rows[0]),
             str(len(line.rows)),
-            *(spread(line.over_owners(column, pick or column.worst)) for column in COLUMNS),
+            *of_line,
         ]
-        for line in lines
+        for line, of_line in zip(lines, figures, strict=True)
     ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body])
+
+
+def gaps_closed(line: Line, rows: Sequence[Row]) -> list[float]:
+    """(local - arm)/(local - central) in the minority's Fréchet distance, mean over owners: one value for each seed
+    that has all three and a gap."""
+    found = []
+    for row in line.rows:
+        local, central = (_distance_beside(row, rows, baseline) for baseline in (Baseline.LOCAL, Baseline.CENTRAL))
+        own = _distance(row)
+        if own is not None and local is not None and central is not None and local != central:
+            found.append((local - own) / (local - central))
+    return found
+
+
+def _distance_beside(row: Row, rows: Sequence[Row], baseline: Baseline) -> float | None:
+    """Of the baseline with the same seed, in the cell that it shares with the row."""
+    for other in rows:
+        shared = all(row.cell.get(field) == value for field, value in other.cell.items())
+        if other.baseline is baseline and other.seed == row.seed and shared:
+            return _distance(other)
+    return None
+
+
+def _distance(row: Row) -> float | None:
+    values = Line(row.arm, row.cell, (row,)).over_owners(MINORITY_DISTANCE)
+    return values[0] if values else None
 
 
 def spread(values: Sequence[float]) -> str:

@@ -320,9 +320,11 @@ def experiment(
         with display(as_json) as shown, _stop_requests() as stop:
             command_line, given = shlex.join(["feddiff", *sys.argv[1:]]), _with_processes(processes)
             setting = Setting(reporter=shown, command_line=command_line, stop_requested=stop, **given)
-            rows = run_experiment(
-                loaded, out, setting, lambda unit, done, total: shown.run_begun(unit.label, done, total)
-            )
+            try:
+                rows = run_experiment(loaded, out, setting, lambda unit, *of: shown.run_begun(unit.label, *of))
+            except FeddiffError as error:
+                _tell_stop(error, out, as_json)
+                raise
     written = write_results(rows, out)
     if as_json:
         json_logger().info("finished", folder=str(out), rows=len(rows), files=[str(path) for path in written])
@@ -379,7 +381,7 @@ def _stop_requests() -> Iterator[Callable[[], int]]:
 
 
 def _tell_stop(error: FeddiffError, folder: Path, as_json: bool) -> None:
-    """The last event of a run that did not come to its end."""
+    """The last event of a run, or of an experiment, that did not come to its end."""
     from .progress import json_logger
 
     if as_json:

@@ -4,35 +4,55 @@ An experiment on one machine alone carries them out. No job names one, so no clu
 clean records of all owners together, and promise nothing to anybody.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from .api import WHOLE, ClassesSpec, FederatedDiffusionJobSpec, ImageSpec, Name, SourceSpec, Wire
-from .stages import SeededSpec, Stage, Uri
+from .stages import SampleSpec, SeededSpec, Stage, Uri
 
 
 class Baseline(StrEnum):
     LOCAL = "local"  # each owner's own clean records, from pure noise
     CENTRAL = "central"  # everybody's clean records, in one network
     FEDAVG = "fedavg"  # one network, whose weights all owners train on their own records and average
+    ORACLE = "oracle"  # the job with everybody's records in place of what was released, the split being the same
+    # Of a job's own run, whose denoisers and releases they take:
+    ALONE = "alone"  # the personal denoiser from pure noise, without any shared one
+    FROM_NOISE = "from-noise"  # the personal denoiser from the split, begun with noise that holds no image
+    CLOSED_FORM = "closed-form"  # the pooled Gaussian's own denoiser in place of the shared one
+    DRAWS = "draws"  # draws of the pooled Gaussian, no denoiser at all
 
     @property
     def leaves(self) -> str:
-        """What leaves an owner, in a few words for a table."""
+        """What leaves an owner, in a few words for a table; of a run it is what that releases."""
         return LEAVES[self]
 
     @property
-    def networks(self) -> Literal["own", "common"]:
-        """Whether every owner trains a network of its own, or all have one in common."""
-        return "own" if self is Baseline.LOCAL else "common"
+    def is_of_a_run(self) -> bool:
+        """Whether it takes what a job's run has made, and trains nothing itself."""
+        return self in (Baseline.ALONE, Baseline.FROM_NOISE, Baseline.CLOSED_FORM, Baseline.DRAWS)
+
+    @property
+    def knows_of_releases(self) -> bool:
+        """Whether it depends on what a job releases, or on where its split is."""
+        return self.is_of_a_run or self is Baseline.ORACLE
+
+    def networks(self, clients: Iterable[str]) -> list[str]:
+        """Whose networks it trains; "" is one that all have in common."""
+        if self.is_of_a_run:
+            return []
+        common = [] if self is Baseline.LOCAL else [""]
+        own = list(clients) if self in (Baseline.LOCAL, Baseline.ORACLE) else []
+        return common + own
 
 
 LEAVES: Mapping[Baseline, str] = {
     Baseline.LOCAL: "nothing",
     Baseline.CENTRAL: "every record as it is: NOT PRIVATE",
+    Baseline.ORACLE: "every record as it is: NOT PRIVATE",
     Baseline.FEDAVG: "weights in every round, without noise: NOT PRIVATE",
 }
 
@@ -41,7 +61,6 @@ RELEASE_FIELDS = (
     *("privacy", "shared", "diffusion.splitSigma", "diffusion.timeline"),
     *("personal.releaseShare", "personal.releaseSigma", "personal.clipMix"),
 )
-
 
 DEFAULT_ROUNDS = 100
 Rounds = Annotated[int, Field(ge=1, le=10**6), WHOLE]
@@ -64,6 +83,7 @@ class BaselineSpec(SeededSpec):
     image: ImageSpec
     like: FederatedDiffusionJobSpec  # the job: network, image-steps, batch, rate and sampler are its own
     rounds: Rounds = DEFAULT_ROUNDS  # of fedavg
+    run: SampleSpec | None = None  # of the job whose run a baseline takes, for this client
     store: Uri
 
     def owner(self, client: str) -> OwnerRecords:
@@ -73,11 +93,6 @@ class BaselineSpec(SeededSpec):
     def classes(self) -> ClassesSpec:
         """Of the owner whose records are measured."""
         return self.owner(self.client).classes
-
-    @property
-    def network(self) -> str:
-        """Whose network the client's images are from."""
-        return self.client if self.baseline.networks == "own" else ""
 
 
 class TrainBaselineSpec(BaselineSpec):

@@ -307,8 +307,10 @@ def test_table_only_without_rows_says_what_to_do(feddiff: Any, study: Study) -> 
 
 
 def test_a_refused_experiment_ends_with_77_and_one_line_for_each_owner(feddiff: Any, study: Study) -> None:
-    code, out, err = feddiff("experiment", study.world.experiment_file(seeds=[0, 1, 2]))
-    assert (code, out) == (77, "")
+    code, out, err = feddiff("experiment", study.world.experiment_file(seeds=[0, 1, 2]), "--json")
+    assert code == 77
+    stopped = json.loads(out)
+    assert (stopped["event"], stopped["exitCode"]) == ("stopped", 77)
     assert sum("raise spec.budget.epsilon to 20.14" in line for line in err.splitlines()) == 2
 
 
@@ -373,8 +375,40 @@ def test_a_baseline_runs_the_modules_that_no_job_names(study: Study) -> None:
     (unit,) = experiment.units
     folder = RunFolder(unit.folder(study.out))
     (training,) = training_specs(unit, Baseline.CENTRAL, folder)
-    measuring, _ = measuring_specs(unit, Baseline.CENTRAL, folder)
+    measuring, _ = measuring_specs(unit, Baseline.CENTRAL, folder, None)
     names = [stage_command(spec, Path("spec.json"))[2] for spec in (training, measuring)]
     assert names == ["feddiff_trainer.train_baseline", "feddiff_trainer.measure_baseline"]
     assert not {name.rpartition(".")[2] for name in names} & {stage.module.rpartition(".")[2] for stage in Stage}
     assert [owner.client for owner in training.owners] == ["a", "b"]
+
+
+def test_a_control_takes_the_run_of_its_cell_and_seed_and_costs_nothing(study: Study) -> None:
+    controls = [{"baseline": name} for name in ("draws", "alone", "from-noise", "closed-form")]
+    study.fields |= {"arms": [*controls, {"name": "ours"}], "grid": {"privacy.epsilon": ["1", "2"]}}
+    rows = study.run()
+    assert len(rows) == 2 * 2 * 5 and spent(study) == 4
+    assert [row.arm for row in rows[:5]] == ["ours", "draws", "alone", "from-noise", "closed-form"]
+    runs = [spec.run for spec in study.stages.specs if isinstance(spec, MeasureBaselineSpec)]
+    asked = [(run.seed, str(run.privacy.epsilon), run.client) for run in runs]
+    assert sorted(asked) == sorted(
+        3 * [(seed, epsilon, client) for seed in (1, 2) for epsilon in ("1", "2") for client in "ab"]
+    )
+    for row in rows:
+        assert row.promise is not None and row.promise.epsilon == row.cell["privacy.epsilon"]
+        assert row.of == (None if row.arm == "ours" else "ours")
+
+
+def test_the_personal_denoiser_alone_is_read_from_its_run(study: Study) -> None:
+    study.fields = {"seeds": [4], "arms": [{"name": "ours"}, {"baseline": "alone"}]}
+    ours, alone = study.run()
+    assert (ours.owners["a"]["minority"]["recall"], alone.owners["a"]["minority"]) == (0.4, {"recall": 0.0})
+    assert not [spec for spec in study.stages.specs if isinstance(spec, MeasureBaselineSpec)]
+    assert alone.image_steps == {"personal": 1_000_000} and alone.versions == ours.versions
+
+
+def test_an_oracle_trains_a_shared_denoiser_and_one_for_each_owner_in_every_cell(study: Study) -> None:
+    study.fields = {"seeds": [0], "arms": [{"baseline": "oracle"}], "grid": {"diffusion.splitSigma": ["1", "2"]}}
+    rows = study.run()
+    assert [row.promise for row in rows] == [None, None]
+    assert rows[0].image_steps == {"shared": 2_000_000, "personal": 1_000_000}
+    assert study.stages.started.count("train-personal") == study.stages.started.count("train-personal a") == 2

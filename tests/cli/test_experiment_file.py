@@ -9,6 +9,8 @@ import yaml
 from feddiff.experiment_file import Experiment, load_experiment, slug, with_fields
 from feddiff_protocol.errors import InputMissing, SpecInvalid
 
+GAUSSIAN = {"privacy.mechanism": "gaussian", "privacy.momentClipNorm": None, "diffusion.splitSigma": None}
+
 
 def loaded(world: Any, **fields: Any) -> Experiment:
     return load_experiment(world.experiment_file(**fields))
@@ -38,8 +40,7 @@ def test_folders_of_runs_are_distinct_and_can_be_read(world: Any) -> None:
 
 
 def test_an_arm_can_change_the_mechanism(world: Any) -> None:
-    changed = {"privacy.mechanism": "gaussian", "privacy.momentClipNorm": None, "diffusion.splitSigma": None}
-    (unit,) = loaded(world, arms=[{"name": "paper", "set": changed}]).units
+    (unit,) = loaded(world, arms=[{"name": "paper", "set": GAUSSIAN}]).units
     assert unit.job.document.spec.privacy.mechanism == "gaussian"
 
 
@@ -90,11 +91,19 @@ def test_fields_are_set_by_their_paths_and_the_job_itself_stays_as_it_is() -> No
     ("fields", "message"),
     [
         ({"arms": []}, "arms: "),
-        ({"arms": [{"name": "a"}, {"name": "a"}]}, "arms: expected distinct names, found a twice"),
+        ({"arms": [{"name": "a"}, {"name": "a"}]}, "arms: expected distinct ones, found a twice"),
+        ({"seeds": [1, 2, 1]}, "seeds: expected distinct ones, found 1 twice"),
+        ({"grid": {"shared.images": [5, 5]}}, "grid.shared.images: expected distinct ones, found 5 twice"),
         ({"arms": [{"name": "A b"}]}, "arms.0.name: "),
         ({"arms": [{}]}, "arms.0: expected a name, or a baseline, found neither"),
         ({"arms": [{"name": "a", "rounds": 5}]}, "rounds: belongs to baseline fedavg, found none"),
         ({"arms": [{"baseline": "locally"}]}, "arms.0.baseline: "),
+        ({"arms": [{"name": "a", "of": "b"}]}, "of: belongs to a baseline of a job's run, found none"),
+        ({"arms": [{"baseline": "alone"}]}, "arm alone: of: expected the name of an arm that is a job, there is none"),
+        ({"arms": [{"name": "a"}, {"name": "b"}, {"baseline": "alone"}]}, "a job, a, b; found none"),
+        ({"arms": [{"name": "a"}, {"baseline": "alone", "of": "c"}]}, "a job, a; found c"),
+        ({"arms": [{"name": "a"}, {"baseline": "draws", "set": {"network.baseWidth": 8}}]}, "takes a run as it is"),
+        ({"arms": [{"name": "a", "set": GAUSSIAN}, {"baseline": "draws"}]}, "arm draws: expected a run with mechanism"),
         ({"seed": [1]}, "seed: unknown field"),
         ({"seeds": [-1]}, "seeds.0: "),
         ({"grid": {"privacy.epsilon": []}}, "grid."),

@@ -8,6 +8,7 @@ import pytest
 
 from feddiff.experiment import PromiseMade, Row
 from feddiff.experiment_table import COLUMNS, figure_document, numeric_field, spread, table
+from feddiff_protocol.baselines import Baseline
 
 
 def row(arm: str = "ours", seed: int = 0, cell: dict[str, Any] | None = None, **recall: float) -> Row:
@@ -52,6 +53,26 @@ def test_one_seed_has_no_spread_and_what_was_not_measured_is_a_dash() -> None:
     assert (mean[3], worst[3]) == ("0.375", "0.250")
     assert set(mean[4:]) == {"–"}
     assert spread([]) == "–" and spread([0.5]) == "0.500"
+
+
+def distances(arm: str, seed: int, *values: float, **fields: Any) -> Row:
+    owners = {str(number): {"minority": {"frechet": value}} for number, value in enumerate(values)}
+    return row(arm, seed, a=0.5).model_copy(update={"owners": owners, **fields})
+
+
+def test_the_minority_gap_is_closed_between_local_and_central_of_the_same_seed() -> None:
+    local, central = {"baseline": Baseline.LOCAL, "promise": None}, {"baseline": Baseline.CENTRAL, "promise": None}
+    rows = [
+        *(distances("ours", seed, value, value, cell={"privacy.epsilon": "1"}) for seed, value in ((0, 4.0), (1, 3.0))),
+        *(distances("local", seed, 4.0, 8.0, **local) for seed in (0, 1)),  # means 6
+        *(distances("all", seed, 1.0, 3.0, **central) for seed in (0, 1)),  # means 2
+        distances("unmatched", 7, 1.0),
+    ]
+    text = table(rows)
+    assert cells_of(text, "ours")[0][-1] == f"0.625 ± {math.sqrt(0.03125):.3f}"  # 0.5 and 0.75
+    assert (cells_of(text, "local")[0][-1], cells_of(text, "all")[0][-1]) == ("0.000 ± 0.000", "1.000 ± 0.000")
+    assert cells_of(text, "unmatched")[0][-1] == "–"
+    assert "NOT PRIVATE" in cells_of(text, "all")[0][2] and cells_of(text, "local")[0][2] == "nothing"
 
 
 def test_the_worst_owner_is_the_largest_distance_and_the_smallest_share() -> None:

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import parse
 from feddiff_protocol.baselines import BaselineSpec, MeasureBaselineSpec, TrainBaselineSpec
-from feddiff_protocol.errors import InputMissing
-from feddiff_trainer import measure_baseline, train_baseline
-from feddiff_trainer.batches import loss_of, records
+from feddiff_protocol.errors import InputMissing, SpecInvalid
+from feddiff_protocol.stages import ReleaseSpec
+from feddiff_trainer import measure_baseline, release, train_baseline
+from feddiff_trainer.batches import Batch, loss_of, records
 from feddiff_trainer.denoisers import denoiser_bytes
+from feddiff_trainer.denoising import ClassGaussian
 from feddiff_trainer.stores import open_store
 from feddiff_trainer.train_shared import EMA_WIDTH, SIGMA_DATA
 from feddiff_trainer.training import World, train
@@ -226,3 +229,145 @@ def test_federated_averaging_gives_each_owner_its_own_records_and_weight(
 def test_federated_averaging_is_measured_with_the_network_in_common(folder: Path) -> None:
     train_baseline.body(training(folder, "fedavg", rounds=2))
     assert figures(measuring(folder, "fedavg", "b"))["client"] == "b"
+
+
+# ---- The oracle -------------------------------------------------------------------------------------------------
+
+SPLIT, LOWEST = 0.5, 0.1
+
+
+def batch_of(spec: TrainBaselineSpec, count: int = 4000) -> Batch:
+    return train_baseline.source_of(spec, torch.device("cpu"))(count, torch.Generator().manual_seed(0))
+
+
+def test_the_oracles_shared_denoiser_sees_everybodys_clean_records_above_the_split_alone(folder: Path) -> None:
+    spec = training(folder, "oracle")
+    batch = batch_of(spec)
+    assert seen(spec) == {"a", "b"}
+    assert batch.sigma0_B.unique().tolist() == [0]
+    assert SPLIT <= float(batch.sigma_B.min()) < SPLIT + 0.05
+    assert train_baseline.training_of(spec) is spec.like.shared
+
+
+def test_the_oracles_personal_denoiser_fills_its_rare_class_with_everybodys_records(folder: Path) -> None:
+    spec = training(folder, "oracle", "a")  # 40 records of the first class, 5 of the second
+    batch = batch_of(spec)
+    others_B = (batch.y0_BCHW[:, 0, 0, 0] + 1) / 2 > 0.5
+    assert float(others_B.float().mean()) == pytest.approx(0.5 * 20 / 25, abs=0.03)  # of half the batch, b's share
+    assert batch.label_B[others_B].unique().tolist() == [1]
+    assert LOWEST <= float(batch.sigma_B[others_B].min()) < LOWEST + 0.05
+    assert float(batch.sigma_B.min()) < 0.05  # own records at every noise level
+    assert train_baseline.training_of(spec) is spec.like.personal
+
+
+def test_an_oracle_draws_with_both_of_its_networks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(measure_baseline, "read_network", lambda spec, client: asked.append(client) or gaussian(0.0))
+    measure_baseline.samples_of(measuring(folder, "oracle", "b"))
+    assert asked == ["", "b"]
+
+
+# ---- Controls of a run ------------------------------------------------------------------------------------------
+
+RUN = "fedcba9876543210"
+VARIANCE = 0.001
+
+
+def gaussian(level: float) -> ClassGaussian:
+    """A denoiser of images of one brightness."""
+    return ClassGaussian(torch.full((2, SIZE**2), level), VARIANCE * torch.eye(SIZE**2).expand(2, -1, -1))
+
+
+def finished_run(folder: Path, client: str = "a") -> dict[str, Any]:
+    """The spec with which a run drew its samples: releases that are real, a personal denoiser of bright images, and no
+    shared one, which no control needs."""
+    releases, documents = [], {}
+    for owner in document(folder, "draws", client)["owners"]:
+        name = owner["client"]
+        documents[name] = {
+            "job": {"uid": RUN, "name": "study", "namespace": "research"},
+            "attempt": 1,
+            "client": name,
+            "source": owner["source"],
+            "image": {"channels": 1, "height": SIZE, "width": SIZE},
+            "classes": owner["classes"],
+            "privacy": LIKE["privacy"],
+            "diffusion": LIKE["diffusion"],
+            "ownerStore": (folder / name / "store").as_uri(),
+            "federationStore": (folder / "federation").as_uri(),
+        }
+        asked = documents[name] | {"release": layout.release_name(RUN, name, "dataset")}
+        releases.append({"client": name, "manifestSha256": release.body(parse(ReleaseSpec, asked, name))["manifest"]})
+    key = layout.personal_denoiser(RUN, client)
+    open_store(documents[client]["ownerStore"]).put(key, denoiser_bytes(gaussian(0.4)))
+    more = {name: LIKE[name] for name in ("network", "shared", "personal", "sampling")}
+    return documents[client] | more | {"releases": releases, "sharedDenoiserSha256": "0" * 64, "stage": "sample"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("run")
+    write_records(folder)
+    return folder, finished_run(folder)
+
+
+def control(run: tuple[Path, dict[str, Any]], baseline: str, images_per_class: int = 3) -> MeasureBaselineSpec:
+    sampling = LIKE["sampling"] | {"imagesPerClass": images_per_class}
+    return measuring(run[0], baseline, "a", run=run[1], like=LIKE | {"sampling": sampling})
+
+
+class Recorded:
+    """A denoiser that remembers what it was asked."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.calls = inner, []
+
+    def __call__(self, y_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Tensor:
+        self.calls.append((float(sigma_B[0]), float(y_BCHW.std())))
+        return self.inner(y_BCHW, sigma_B, label_B)
+
+
+def test_from_noise_walks_from_the_split_with_nothing_but_noise(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    personal = Recorded(gaussian(0.4))
+    monkeypatch.setattr(measure_baseline, "read_personal", lambda *told: personal)
+    images, _ = measure_baseline.samples_of(control(run, "from-noise", 20))
+    sigmas = [sigma for sigma, _ in personal.calls]
+    assert sigmas[0] == max(sigmas) == pytest.approx(SPLIT, abs=0.01)
+    assert personal.calls[0][1] == pytest.approx(sigmas[0], rel=0.05)  # an image of brightness 0.4 would add to it
+    assert float(images.float().mean()) / 127.5 - 1 == pytest.approx(0.4, abs=0.05)
+
+
+def test_closed_form_is_the_pool_down_to_the_split_and_the_personal_denoiser_from_there(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, personal = Recorded(gaussian(-0.5)), Recorded(gaussian(0.4))
+    monkeypatch.setattr(measure_baseline, "pool_of_run", lambda spec: pool)
+    monkeypatch.setattr(measure_baseline, "read_personal", lambda *told: personal)
+    measure_baseline.samples_of(control(run, "closed-form"))
+    assert min(sigma for sigma, _ in pool.calls) > max(sigma for sigma, _ in personal.calls) >= SPLIT
+
+
+def test_closed_form_needs_no_shared_denoiser(run: Any) -> None:
+    images, _ = measure_baseline.samples_of(control(run, "closed-form"))
+    assert float(images.float().mean()) / 127.5 - 1 == pytest.approx(0.4, abs=0.1)  # the personal one's, from the split
+
+
+def test_draws_have_the_pools_means_and_need_no_denoiser(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_baseline, "read_personal", None)
+    spec = control(run, "draws", 400)
+    images, label_N = measure_baseline.samples_of(spec)
+    assert spec.run is not None
+    pool = measure_baseline.pool_of_run(spec.run)
+    for k in range(2):
+        found_D = (images[label_N == k].double() / 127.5 - 1).mean(dim=0).flatten()
+        torch.testing.assert_close(found_D, pool.means_KD[k].double(), atol=0.15, rtol=0)
+
+
+def test_a_control_without_its_run_is_refused(folder: Path) -> None:
+    with pytest.raises(SpecInvalid, match="run: baseline draws takes the run of a job, none was given"):
+        measure_baseline.samples_of(measuring(folder, "draws"))
+
+
+def test_a_controls_figures_are_measured_on_its_owner(run: Any) -> None:
+    found = figures(control(run, "draws"))
+    assert (found["client"], found["measured"]["numTrain"]) == ("a", 45)

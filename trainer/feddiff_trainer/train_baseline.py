@@ -1,7 +1,7 @@
 """One network of a baseline, in an experiment: what a job is compared with, trained as long and at the same rate.
 
 `local` learns from its owner's clean records, `central` from everybody's; of `fedavg` every owner's weights do, and are
-averaged. Nothing here promises anything.
+averaged; of `oracle` everybody's records stand in for what a job would release. Nothing here promises anything.
 """
 
 import sys
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from feddiff_protocol import layout
+from feddiff_protocol.api import PersonalSpec, SharedSpec
 from feddiff_protocol.baselines import Baseline, BaselineSpec, TrainBaselineSpec
-from feddiff_protocol.promise import schedule_of
+from feddiff_protocol.promise import promise_of, schedule_of
 
-from .batches import Source, loss_of, records
+from .batches import Source, filling_records, loss_of, mixed, records
 from .checkpoints import Checkpoints
 from .denoisers import denoiser_bytes
 from .fedavg import fedavg
@@ -35,8 +36,8 @@ def body(spec: TrainBaselineSpec) -> dict[str, str]:
 
 
 def trained(spec: TrainBaselineSpec, checkpoints: Checkpoints) -> Denoiser:
-    """The network after as many image-steps as a personal denoiser of the job; of fedavg each client's."""
-    network, training = initial_network(spec), spec.like.personal
+    """The network after as many image-steps as the job's own have; of fedavg each client's."""
+    network, training = initial_network(spec), training_of(spec)
     settings: dict[str, Any] = {
         "num_images": training.images,
         "batch": training.batch,
@@ -61,6 +62,11 @@ def trained(spec: TrainBaselineSpec, checkpoints: Checkpoints) -> Denoiser:
         )
 
 
+def training_of(spec: TrainBaselineSpec) -> SharedSpec | PersonalSpec:
+    """Length, batch and rate: the oracle's network in common is a shared denoiser, every other one a personal one."""
+    return spec.like.shared if spec.baseline is Baseline.ORACLE and not spec.client else spec.like.personal
+
+
 def initial_network(spec: BaselineSpec) -> Denoiser:
     torch.manual_seed(spec.seed_or_zero)  # initial weights only
     return Denoiser(config_of(spec))
@@ -83,8 +89,24 @@ def checkpoints_key(spec: BaselineSpec) -> str:
 
 def source_of(spec: TrainBaselineSpec, device: torch.device) -> Source:
     """What one network is trained on: the client's clean records, or everybody's."""
-    clients = [spec.client] if spec.client else [owner.client for owner in spec.owners]
-    return clean_source(spec, clients, device)
+    everybody = [owner.client for owner in spec.owners]
+    if spec.baseline is Baseline.ORACLE:
+        return oracle_source(spec, everybody, device)
+    return clean_source(spec, [spec.client] if spec.client else everybody, device)
+
+
+def oracle_source(spec: TrainBaselineSpec, everybody: list[str], device: torch.device) -> Source:
+    """Of the shared denoiser everybody's records above the split; of a personal one the owner's own and, from where the
+    job would take releases, everybody's, which fill its rare classes."""
+    privacy, diffusion, personal = spec.like.privacy, spec.like.diffusion, spec.like.personal
+    split, highest = promise_of(privacy, diffusion).split_sigma, schedule_of(diffusion).sigmas[-1]
+    images_NCHW, label_N = (each.to(device) for each in clean_images(spec, everybody))
+    if not spec.client:
+        return records(images_NCHW, label_N, (split, highest))
+    counts_K = torch.tensor(spec.classes.records, device=device)
+    lowest = float(personal.release_sigma or split)
+    filling = filling_records(images_NCHW, label_N, (lowest, highest), counts_K)
+    return mixed(clean_source(spec, [spec.client], device), filling, float(personal.release_share))
 
 
 def clean_source(spec: TrainBaselineSpec, clients: list[str], device: torch.device) -> Source:

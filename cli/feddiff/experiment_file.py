@@ -31,8 +31,9 @@ from feddiff_protocol.errors import SpecInvalid
 from feddiff_protocol.stages import Seed
 
 from .documents import LocalDataset, LocalJob, load_documents, local_job, read_yaml
+from .plan_report import decimal_text
 
-SEED_MARK = "{seed}"
+SEED_MARK, EPSILON = "{seed}", "privacy.epsilon"
 SLUG_LENGTH = 80
 MOST_UNITS = 10_000
 
@@ -106,8 +107,10 @@ class Unit:
 
     @property
     def label(self) -> str:
-        """ "summary, privacy.epsilon=10, seed 5"."""
-        cell = [f"{field}={_text(value)}" for field, value in self.cell.items()]
+        """ "summary, network.baseWidth=16, seed 5"; ε is never said without the rest of a promise."""
+        privacy = self.job.document.spec.privacy
+        promise = f" (per {privacy.unit}, δ = {decimal_text(privacy.delta_or_zero)}, k = 1)"
+        cell = [f"{field}={_text(value)}{promise if field == EPSILON else ''}" for field, value in self.cell.items()]
         return ", ".join([self.arm, *cell, f"seed {self.seed}"])
 
     @property

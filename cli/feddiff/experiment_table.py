@@ -16,7 +16,7 @@ from feddiff_protocol.baselines import Baseline
 from feddiff_protocol.errors import InputMissing
 
 from .experiment import ROWS, Row
-from .experiment_file import Cell
+from .experiment_file import EPSILON, Cell
 from .owner_stages import run_module
 from .run_folder import replace_file
 
@@ -214,12 +214,20 @@ def figure_document(rows: Sequence[Row], out: Path) -> dict[str, Any]:
     panels = [_panel(rows, column, field) for column in COLUMNS if column.title in DRAWN]
     return {
         "title": rows[0].experiment,
-        "xLabel": field or "",
+        "xLabel": _named(rows, field) if field else "",
         "logX": len(xs) > 1 and xs[0] > 0 and xs[-1] >= LOG_FROM * xs[0],
         "panels": panels,
         "attackAuc": _attack_auc(rows, field),
         "out": str(out.resolve()),
     }
+
+
+def _named(rows: Sequence[Row], field: str) -> str:
+    """The field, ε with the rest of what is promised by the rows."""
+    promises = dict.fromkeys(
+        f"per {row.promise.unit}, δ = {row.promise.delta}, k = {row.promise.releases}" for row in rows if row.promise
+    )
+    return f"{field} ({'; '.join(promises)})" if field == EPSILON and promises else field
 
 
 def numeric_field(rows: Sequence[Row]) -> str | None:

@@ -23,7 +23,7 @@ from feddiff.run_folder import RunFolder
 from feddiff_protocol import layout
 from feddiff_protocol.baselines import Baseline, MeasureBaselineSpec
 from feddiff_protocol.errors import Interrupted, PrivacyRefusal, SpecInvalid
-from feddiff_protocol.stages import EvaluateSpec, SampleSpec, Stage, TrainPersonalSpec, TrainSharedSpec
+from feddiff_protocol.stages import EvaluateSpec, ReleaseSpec, SampleSpec, Stage, TrainPersonalSpec, TrainSharedSpec
 
 
 class Quiet:
@@ -121,7 +121,7 @@ def test_every_run_leaves_a_row_with_its_promise_figures_and_origin(study: Study
     assert row.image_steps == {"shared": 2_000_000, "personal": 1_000_000}
     assert row.seconds == pytest.approx(0.1)  # two receipts of the job and four of each owner, 12 ms each
     assert row.cores >= 1 and row.experiment == "study"
-    assert study.told[0] == ("ours, privacy.epsilon=1, seed 1", 0, 4)
+    assert study.told[0] == ("ours, privacy.epsilon=1 (per image, δ = 1e-5, k = 1), seed 1", 0, 4)
     assert [done for _, done, _ in study.told] == [0, 1, 2, 3]
 
 
@@ -142,6 +142,7 @@ def test_the_seed_reaches_every_stage_but_the_release(study: Study) -> None:
     study.run()
     seeded = TrainSharedSpec | TrainPersonalSpec | SampleSpec | EvaluateSpec
     assert {spec.seed for spec in study.stages.specs if isinstance(spec, seeded)} == {1, 2}
+    assert "seed" not in ReleaseSpec.model_fields
     told = [spec.model_dump_json() for spec in study.stages.specs if spec.stage in (Stage.RELEASE, Stage.REPORT)]
     assert told and not [text for text in told if '"seed"' in text]
 
@@ -255,7 +256,9 @@ def test_a_run_that_was_charged_and_stopped_costs_nothing_more(study: Study) -> 
 
 def test_an_owner_who_lets_nobody_ask_for_so_much_is_heard_before_anything_starts(study: Study) -> None:
     study.fields |= {"seeds": [0], "grid": {"privacy.epsilon": ["1", "11"]}}
-    with pytest.raises(PrivacyRefusal, match=r"ours, privacy\.epsilon=11, seed 0: .* ask for ε ≤ 10, this one asks 11"):
+    with pytest.raises(
+        PrivacyRefusal, match=r"ours, privacy\.epsilon=11 .*, seed 0: .* ask for ε ≤ 10, this one asks 11"
+    ):
         study.run()
     assert study.stages.started == []
 

@@ -26,7 +26,7 @@ def test_every_arm_is_run_in_every_cell_with_every_seed_seed_by_seed(world: Any)
         spec = unit.job.document.spec
         assert (str(spec.privacy.epsilon), spec.sampling.steps) == tuple(unit.cell.values())
         assert spec.shared.denoiser == ("closedForm" if unit.arm == "closed" else "trained")
-    assert units[1].label == "closed, privacy.epsilon=1, sampling.steps=5, seed 3"
+    assert units[1].label == "closed, privacy.epsilon=1 (per image, δ = 1e-5, k = 1), sampling.steps=5, seed 3"
     assert units[1].job.document.metadata.name == "digits-closed"  # by which a ledger knows it
 
 

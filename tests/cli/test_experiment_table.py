@@ -115,7 +115,8 @@ def drawn(rows: list[Row]) -> dict[str, Any]:
 
 def test_the_figure_draws_quality_against_the_first_numeric_field() -> None:
     document = drawn([*EPSILONS, LEVEL])
-    assert (document["xLabel"], document["logX"]) == ("privacy.epsilon", True)
+    said = "privacy.epsilon (per image, δ = 1e-5, k = 1)"
+    assert (document["xLabel"], document["logX"]) == (said, True)
     panel = document["panels"][0]
     assert panel["title"] == "recall, minority"
     first = panel["series"][0]

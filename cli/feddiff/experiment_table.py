@@ -281,8 +281,8 @@ def _series(label: str, points: Sequence[tuple[float, list[float]]]) -> dict[str
     }
 
 
-def _std(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
+def _std(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
 
 
 def _attack_auc(rows: Sequence[Row], field: str | None) -> list[list[float]]:

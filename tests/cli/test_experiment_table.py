@@ -124,7 +124,7 @@ def test_the_figure_draws_quality_against_the_first_numeric_field() -> None:
     assert first["x"] == [1.0, 10.0]
     assert first["mean"] == pytest.approx([0.06, 0.15])
     assert first["std"] == pytest.approx([math.sqrt(0.005)] * 2)
-    assert panel["levels"] == [{"label": "local", "mean": 0.25, "std": 0.0}]
+    assert panel["levels"] == [{"label": "local", "mean": 0.25, "std": None}]
 
 
 def test_without_numbers_in_the_grid_arms_stand_side_by_side() -> None:

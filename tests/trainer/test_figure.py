@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -35,6 +36,19 @@ def test_bars_reach_one_standard_deviation_to_both_sides(tmp_path: Path) -> None
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[0.4, 0.6], pytest.approx([0.5, 0.9])]
     assert axis.get_legend_handles_labels()[1] == ["local", "ours"]
     assert axis.get_xscale() == "log"
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "10"]
+
+
+def test_of_one_seed_there_is_no_bar_that_could_be_taken_for_a_small_one(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    series = [{"label": "ours", "x": [1], "mean": [0.5], "std": [None]}]
+    panel = {"title": "recall", "series": series, "levels": [{"label": "local", "mean": 0.4}]}
+    spec, axis = spec_of(tmp_path, panels=[panel]), Figure().subplots()
+    _draw_panel(axis, spec.panels[0], spec)
+    (bars,) = axis.containers[0][2]
+    assert not [each for each in bars.get_segments() if len(each) > 1 and np.isfinite(each).all()]
+    assert not axis.patches
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 It knows numbers and names alone; what they are of, the command line has worked out.
 """
 
+import math
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,12 +21,12 @@ WIDTH, HEIGHT, DPI = 5.2, 3.6, 120  # inches of a panel, dots per inch
 
 
 class Series(Wire):
-    """One arm: points with error bars."""
+    """One arm: points with error bars, where there are several seeds."""
 
     label: str
     x: tuple[float, ...]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    std: tuple[float | None, ...]
 
 
 class Level(Wire):
@@ -33,7 +34,7 @@ class Level(Wire):
 
     label: str
     mean: float
-    std: float
+    std: float | None = None
 
 
 class Panel(Wire):
@@ -78,11 +79,13 @@ def draw(spec: FigureSpec) -> dict[str, Any]:
 
 def _draw_panel(axis: "Axes", panel: Panel, spec: FigureSpec) -> None:
     for each in panel.series:
-        axis.errorbar(each.x, each.mean, yerr=each.std, label=each.label, marker="o", markersize=4, capsize=3)
+        bars = [math.nan if std is None else std for std in each.std]
+        axis.errorbar(each.x, each.mean, yerr=bars, label=each.label, marker="o", markersize=4, capsize=3)
     for number, level in enumerate(panel.levels):
         colour = f"C{len(panel.series) + number}"
         axis.axhline(level.mean, label=level.label, linestyle="--", color=colour)
-        axis.axhspan(level.mean - level.std, level.mean + level.std, color=colour, alpha=0.12)
+        if level.std is not None:
+            axis.axhspan(level.mean - level.std, level.mean + level.std, color=colour, alpha=0.12)
     axis.set_title(panel.title, fontsize="medium")
     axis.set_xlabel(spec.x_label)
     axis.grid(alpha=0.3)
@@ -90,6 +93,9 @@ def _draw_panel(axis: "Axes", panel: Panel, spec: FigureSpec) -> None:
         axis.set_xticks([])
     if spec.log_x:
         axis.set_xscale("log")
+        ticks = sorted({x for each in panel.series for x in each.x})
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.minorticks_off()
     if spec.attack_auc:
         second = axis.twinx()
         second.plot(*zip(*spec.attack_auc, strict=True), color="grey", linestyle=":")

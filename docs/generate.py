@@ -187,8 +187,8 @@ Written by `make crds` from signatures, docstrings and the comments beside field
 import feddiff
 
 job = feddiff.load("owners.yaml", "job.yaml")
-feddiff.plan(job)                             # what it promises and costs; starts nothing
-run = feddiff.run(job, "runs/first")          # this spends; the same call goes on after a stop
+feddiff.plan(job)  # what it promises and costs; starts nothing
+run = feddiff.run(job, "runs/first")  # this spends; the same call goes on after a stop
 samples = run.sample("a", images_per_class=4)
 run.report()
 feddiff.ledger(job.datasets["a"])

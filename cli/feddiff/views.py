@@ -177,7 +177,7 @@ class RunStatus:
     uid: str  # of the run
     job: str  # namespace/name
     at_work: bool  # whether an engine is at work on it, here or in another process
-    phase: JobPhase  # Pending, Reserving, …, Complete or Failed
+    phase: str  # Pending, Reserving, …, Complete or Failed
     conditions: tuple[RunCondition, ...]  # empty before the first look
     counted: tuple[str, ...]  # clients whose releases count, once that is decided
     dropped: Mapping[str, str]  # client → why it takes part no longer
@@ -207,7 +207,7 @@ def run_status(folder: RunFolder) -> RunStatus:
         uid=record.uid,
         job=f"{record.job.metadata.namespace}/{record.job.metadata.name}",
         at_work=at_work,
-        phase=JobPhase(said.get("phase", JobPhase.PENDING.value)),
+        phase=said.get("phase", JobPhase.PENDING.value),
         conditions=tuple(RunCondition(**each) for each in said.get("conditions", ())),
         counted=tuple(said.get("counted", ())),
         dropped=said.get("dropped", {}),
@@ -240,7 +240,7 @@ def run_document(status: RunStatus) -> dict[str, Any]:
         "uid": status.uid,
         "job": {"namespace": namespace, "name": name},
         "atWork": status.at_work,
-        "phase": status.phase.value,
+        "phase": status.phase,
         "conditions": [asdict(each) for each in status.conditions],
         "counted": list(status.counted),
         "dropped": dict(status.dropped),
@@ -264,7 +264,7 @@ def print_run(status: RunStatus, console: Console) -> None:
 
 
 def _status_title(status: RunStatus) -> str:
-    return f"Job {status.job}: {status.phase.value}"
+    return f"Job {status.job}: {status.phase}"
 
 
 def _at_work(status: RunStatus) -> str:
@@ -297,7 +297,7 @@ class OwnerReport:
             found = _Evaluation.model_validate_json(self.evaluation.read_bytes())
         except (OSError, ValidationError):
             raise DataInvalid(
-                f"{self.evaluation}: expected an evaluation of this version, found none; run the job in another folder"
+                f"{self.evaluation}: expected an evaluation of this version, found none; its figures are in {self.page}"
             ) from None
         return {name: arm.groups for name, arm in found.arms.items()}
 

@@ -1,10 +1,13 @@
 """`import feddiff`: typed answers that are the command's own, its refusals as exceptions, and the example notebook."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -168,11 +171,30 @@ def test_a_failed_stage_raises_its_code_and_names_its_log(world: Any, stages: An
     assert status.failure.startswith("ClientsLost: ") and status.failure.split(": ")[1] in status._repr_html_()
 
 
-def test_a_stopped_run_raises_and_the_same_call_goes_on(world: Any, stages: Any) -> None:
-    job, folder = feddiff.load(world.job_file(suspend=True)), world.path / "run"
-    with pytest.raises(Interrupted):
+def test_an_interrupted_run_raises_and_the_same_call_goes_on(
+    world: Any, stages: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, folder, before = feddiff.load(world.job_file()), world.path / "run", signal.getsignal(signal.SIGINT)
+    interrupt = f"kill -INT {os.getpid()}; exec sleep 600"
+    stages.behaviour = lambda spec: interrupt if spec.stage is Stage.TRAIN_SHARED else None
+    with pytest.raises(Interrupted, match="to go on"):
         feddiff.run(job, folder, progress=False)
-    assert feddiff.run(feddiff.load(world.job_file()), folder, progress=False).status().phase == "Complete"
+    assert "stages save their work" in capsys.readouterr().err and signal.getsignal(signal.SIGINT) is before
+    stages.behaviour = lambda spec: None
+    assert feddiff.run(job, folder, progress=False).status().phase == "Complete"
+    assert stages.started.count("release a") == 1, "nothing is released again"
+
+
+def test_a_suspended_job_raises_too(world: Any, stages: Any) -> None:
+    with pytest.raises(Interrupted, match=r"spec\.suspend is true"):
+        feddiff.run(feddiff.load(world.job_file(suspend=True)), world.path / "run", progress=False)
+
+
+def test_a_thread_may_run_a_job(world: Any, stages: Any) -> None:
+    job = feddiff.load(world.job_file())
+    with ThreadPoolExecutor(1) as executor:
+        run = executor.submit(feddiff.run, job, world.path / "run", progress=False).result()
+    assert run.status().phase == "Complete"
 
 
 REFUSED: dict[str, tuple[type[FeddiffError], Callable[[Any], object], list[str]]] = {

@@ -89,7 +89,8 @@ def run(
 
     `processes` at a time are started, one per core unless given. With engine "ray", `address` names a cluster to join
     and `gpu_share`, above 0 and at most 1, is each training's part of a GPU. `progress` shows a line per event on
-    standard error, bars on a terminal. Interrupting the kernel once lets stages save their work.
+    standard error, bars on a terminal. Interrupting the kernel lets stages save their work;
+    twice, they are killed.
 
     Raises PrivacyRefusal where a budget or an access rule does not admit the job, or going on could break the promise,
     Interrupted after a stop (the same call goes on), SpecInvalid where the folder holds a run of another job or
@@ -158,14 +159,13 @@ class Run:
             out = Path(temporary) / "samples.npz"
             draw_samples(self._folder, client, images_per_class, out)
             with np.load(out) as arrays:
-                images = {name: arrays[name] for name in arrays.files if name != "labels"}
-                return Samples(client, images["both"], images["shared"], images["personal"], arrays["labels"])
+                return Samples(client, *(arrays[name] for name in ("both", "shared", "personal", "labels")))
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """Images of one owner, the same number N/K of each of K classes, in the order of the labels. NOT private: for that
     owner alone. A notebook shows `both`, a row per class.

@@ -34,6 +34,7 @@ from .local_ledger import read_ledger
 from .owner_stages import StageFailed
 from .plan_report import decimal_text
 from .run_folder import RunFolder, replace_file
+from .views import OwnerReport
 
 ROWS = "rows.jsonl"
 HELD = (Phase.RESERVED, Phase.CHARGED)
@@ -154,16 +155,10 @@ def _personal_alone(unit: Unit, run: RunFolder) -> Found:
 
 
 def evaluated(dataset: LocalDataset, uid: str, client: str, arm: str = ARM) -> Groups:
-    """What one owner's evaluation measured of `arm`."""
-    path = dataset.owner_folder / "store" / layout.evaluation(uid, client)
-    try:
-        groups: Groups = json.loads(path.read_text())["arms"][arm]["groups"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputMissing(
-            f"{path}: expected the evaluation of a finished run, found none that can be read; delete the run's folder"
-            " to run it anew, which is a new release"
-        ) from None
-    return groups
+    """What one owner's evaluation measured of `arm`. Raises DataInvalid where it cannot be read."""
+    store = dataset.owner_folder / "store"
+    report = OwnerReport(store / layout.owner_report(uid, client), store / layout.evaluation(uid, client))
+    return report.figures[arm]
 
 
 def _receipts(folder: RunFolder, uid: str, job: LocalJob) -> Iterator[Receipt]:

@@ -190,7 +190,7 @@ def _provenance(rows: Sequence[Row]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values if value)) or "unknown"
 
     versions = (f"{name} {version}" for row in rows for name, version in row.versions.items())
-    steps = (", ".join(f"{name} {count:,}" for name, count in row.image_steps.items() if count) for row in rows)
+    steps = (f"{name} {count:,}" for row in rows for name, count in row.image_steps.items() if count)
     return (
         f"Mean ± standard deviation over seeds {each(str(row.seed) for row in rows)}. Image-steps: {each(steps)}."
         f" Commit {each(row.commit for row in rows)}; {each(versions)};"

@@ -6,6 +6,7 @@ strings, so that no value changes on its way through JSON; every list and string
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -593,15 +594,50 @@ class DiffusionSpec(Wire):
         return self
 
 
+@dataclass(frozen=True)
+class NetworkSize:
+    """What a preset stands for; each part under the name of the field that overrules it."""
+
+    base_width: int
+    num_blocks: int
+    attention_cells: int
+
+
+NETWORK_SIZES: Mapping[str, NetworkSize] = {
+    "tiny": NetworkSize(base_width=32, num_blocks=1, attention_cells=0),
+    "small": NetworkSize(base_width=48, num_blocks=1, attention_cells=4),
+    "base": NetworkSize(base_width=64, num_blocks=2, attention_cells=8),
+    "large": NetworkSize(base_width=96, num_blocks=2, attention_cells=16),
+}
+
+
 class NetworkSpec(Wire):
     """The U-Net that shared and personal denoisers have in common. A checkpoint of another shape cannot be continued:
     change nothing here once training has begun."""
 
-    base_width: Annotated[int, Field(ge=8, le=512), WHOLE] = Field(
-        32, description="channels at full resolution; lower ones have up to four times as many"
+    preset: Literal["tiny", "small", "base", "large"] = Field(
+        "tiny",
+        description="a size made for images of 8×8 (tiny), 28×28 (small), 32×32 (base) or 64×64 (large), see"
+        " docs/networks.md; any of them takes any image, and fields given beside it overrule it",
     )
-    num_blocks: Annotated[int, Field(ge=1, le=8), WHOLE] = Field(1, description="residual blocks at each resolution")
-    attention: Flag = Field(False, description="self-attention at the lowest resolution")
+    base_width: Annotated[int, Field(ge=8, le=512), WHOLE] | None = Field(
+        None,
+        description="channels at the finest grid; coarser ones up to four times as many; preset's unless given",
+    )
+    num_blocks: Annotated[int, Field(ge=1, le=8), WHOLE] | None = Field(
+        None, description="residual blocks at each grid, before the middle and after it; preset's unless given"
+    )
+    attention_cells: Annotated[int, Field(ge=0, le=64), WHOLE] | None = Field(
+        None,
+        description="self-attention at grids of at most so many cells a side, 0 for none; preset's unless given. Grids"
+        " are half an image and its halves, until at most 4 cells are left",
+    )
+
+    @property
+    def size(self) -> NetworkSize:
+        """The preset with every part that the job gives itself."""
+        given = {part.name: getattr(self, part.name) for part in fields(NetworkSize)}
+        return replace(NETWORK_SIZES[self.preset], **{name: part for name, part in given.items() if part is not None})
 
 
 TrainingImages = Annotated[int, Field(ge=1, le=10**12), WHOLE]

@@ -408,7 +408,7 @@ TYPED = [
     (SUMMARY, "spec.backoffLimit"),
     (SUMMARY, "spec.deadlines.releaseSeconds"),
     (SUMMARY, "spec.suspend"),
-    (SUMMARY, "spec.network.attention"),
+    (SUMMARY, "spec.personal.clipMix"),
     (SUMMARY, "spec.privacy.epsilon"),
     (SUMMARY, "spec.clients.0.name"),
     (SUMMARY, "spec.cleanPodPolicy"),

@@ -322,14 +322,14 @@ def test_a_whole_number_is_a_number_without_a_fraction(value: float) -> None:
         ("spec.quorum", float("inf"), "spec.quorum: expected a whole number, found inf"),
         ("spec.suspend", "true", "spec.suspend: expected true or false, found 'true'"),
         ("spec.suspend", 1, "spec.suspend: expected true or false, found 1"),
-        ("spec.network", {"attention": "no"}, "spec.network.attention: expected true or false, found 'no'"),
+        ("spec.personal", {"clipMix": "no"}, "spec.personal.clipMix: expected true or false, found 'no'"),
         ("spec.clients.0.name", 5, "spec.clients.0.name: input should be a valid string, found 5"),
         ("spec.clients.0", None, "spec.clients"),
     ],
 )
 def test_what_only_looks_like_a_number_or_a_flag_is_refused(path: str, value: Any, words: str) -> None:
     spec = copy.deepcopy(JOB)
-    spec["spec"] |= {"network": {}, "suspend": False}
+    spec["spec"] |= {"personal": {}, "suspend": False}
     with pytest.raises(SpecInvalid) as caught:
         parse_document(nulled(spec, path) if value is None else changed(spec, path, value), "x")
     assert words in str(caught.value)

@@ -27,6 +27,9 @@ M = TypeVar("M", bound=nn.Module)
 class NetworkConfig:
     """What the two denoisers must agree on to be built again from their weights.
 
+    Grids of at most attention_cells a side have self-attention: the coarsest among the fully connected blocks, others
+    after their convolutions.
+
     sigma_data is the standard deviation of the clean images around zero, in the images' own units: 0.5 for pixels
     in [-1, 1] (Karras et al. 2022, table 1), about 1 for released images α·v + s·z that play the clean image.
     """
@@ -37,7 +40,7 @@ class NetworkConfig:
     num_classes: int
     base_width: int = 32
     num_blocks: int = 1
-    attention: bool = False
+    attention_cells: int = 0
     sigma_data: float = 0.5
 
 
@@ -79,11 +82,11 @@ class UNet(nn.Module):
         pixels = 4 * config.image_channels
         self.embed = Embedding(config.num_classes, embedding)
         self.stem = nn.Conv2d(pixels, widths[0], 3, padding=1)
-        self.encode = nn.ModuleList(_blocks(config.num_blocks, width, embedding) for width in widths)
+        self.encode = nn.ModuleList(_blocks(config, *level, embedding) for level in zip(grids, widths, strict=True))
         self.down = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
         self.middle = _middle(grids[-1], widths[-1], embedding, config)
         self.merge = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for width in widths)
-        self.decode = nn.ModuleList(_blocks(config.num_blocks, width, embedding) for width in widths)
+        self.decode = nn.ModuleList(_blocks(config, *level, embedding) for level in zip(grids, widths, strict=True))
         self.up = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in pairwise(widths))
         self.out = zeroed(nn.Conv2d(widths[0], pixels, 3, padding=1))
 
@@ -187,7 +190,7 @@ class DenseBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention among the cells of the coarsest grid (Vaswani et al. 2017, equation 1)."""
+    """Residual self-attention among the cells of one grid (Vaswani et al. 2017, equation 1)."""
 
     def __init__(self, width: int, embedding: int) -> None:
         super().__init__()
@@ -227,13 +230,16 @@ def run_blocks(blocks: nn.Module, x_BCHW: Tensor, e_BE: Tensor) -> Tensor:
     return x_BCHW
 
 
-def _blocks(count: int, width: int, embedding: int) -> nn.ModuleList:
-    return nn.ModuleList(ConvBlock(width, embedding) for _ in range(count))
+def _blocks(config: NetworkConfig, grid: tuple[int, int], width: int, embedding: int) -> nn.ModuleList:
+    blocks: list[nn.Module] = [ConvBlock(width, embedding) for _ in range(config.num_blocks)]
+    if COARSEST_GRID < max(grid) <= config.attention_cells:
+        blocks.append(AttentionBlock(width, embedding))
+    return nn.ModuleList(blocks)
 
 
 def _middle(grid: tuple[int, int], width: int, embedding: int, config: NetworkConfig) -> nn.ModuleList:
     values, hidden = grid[0] * grid[1] * width, 16 * config.base_width
     blocks: list[nn.Module] = [DenseBlock(values, embedding, hidden) for _ in range(DENSE_BLOCKS)]
-    if config.attention:
+    if max(grid) <= config.attention_cells:
         blocks.insert(1, AttentionBlock(width, embedding))
     return nn.ModuleList(blocks)

@@ -4,6 +4,7 @@ import hashlib
 import math
 import sys
 import time
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +104,12 @@ def releases_of(
     spec: TrainSharedSpec | OwnerStageSpec, store: Store, num_classes: int, world: World = ALONE
 ) -> Releases:
     """Every release that counts, verified, in the order of the job's clients, on every rank."""
-    terms = Terms(spec.job.uid, spec.image, num_classes, spec.privacy, spec.diffusion)
-    return read_releases(store, spec.releases, terms, world)
+    return read_releases(store, spec.releases, terms_of(spec, num_classes), world)
+
+
+def terms_of(spec: TrainSharedSpec | OwnerStageSpec, num_classes: int) -> Terms:
+    """What the job says of every release."""
+    return Terms(spec.job.uid, spec.image, num_classes, spec.privacy, spec.diffusion)
 
 
 def pool_of(releases: Releases, spec: TrainSharedSpec | OwnerStageSpec) -> ClassGaussian:
@@ -157,9 +162,7 @@ def network_config(network: NetworkSpec, image: ImageSpec, num_classes: int, sig
         image_height=image.height,
         image_width=image.width,
         num_classes=num_classes,
-        base_width=network.base_width,
-        num_blocks=network.num_blocks,
-        attention=network.attention,
+        **asdict(network.size),
         sigma_data=sigma_data,
     )
 

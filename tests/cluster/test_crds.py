@@ -218,6 +218,8 @@ REFUSED = [
     (SUMMARY, "spec.diffusion.timeline", "continued", "diffusion.timeline goes with mechanism gaussian"),
     (SUMMARY, "spec.diffusion.betaEnd", "0.00009", "betaEnd must be at least betaStart"),
     (SUMMARY, "spec.shared.batch", 255, "batch must be a multiple of replicas × processesPerReplica"),
+    (SUMMARY, "spec.shared.accumulation", 3, "batch must be a multiple of replicas × processesPerReplica"),
+    (SUMMARY, "spec.personal.accumulation", 3, "batch must be a multiple of accumulation"),
     (GAUSSIAN, "spec.shared.denoiser", "closedForm", "closedForm goes with mechanism summary"),
     (GAUSSIAN, "spec.personal.releaseSigma", "0.25", "personal.releaseSigma goes with mechanism summary"),
     (SUMMARY, "spec.shared.replicas", 1025, "less than or equal to 1024"),

@@ -38,7 +38,7 @@ def model_card(
         f"{num(run.image.channels, 'channel')}, trained by feddiff on what {num(len(manifests), 'data owner')} released"
         " under differential privacy. No owner's image was used in any other way.",
         "## Use",
-        USE,
+        _use(run),
         "## What was promised",
         promise_sentence(run, promise),
         _table(["", ""], [list(term) for term in promise_terms(run, promise)]),
@@ -69,8 +69,13 @@ pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)  
 images = pipeline([0, 1, 2], generator=torch.Generator().manual_seed(0)).images  # one for each label
 ```
 
-feddiff is not needed. Without diffusers, torch and safetensors do: with FOLDER/denoiser on the path, `import pipeline`
-and `pipeline.load("FOLDER")` give the same pipeline. The same seed gives the samples that feddiff draws."""
+feddiff is not needed, and the same seed gives the samples that feddiff draws. With FOLDER/denoiser on the path,
+`import pipeline` and `pipeline.load("FOLDER")` give the same pipeline by {needed} alone."""
+
+
+def _use(run: TrainSharedSpec) -> str:
+    own = run.shared.denoiser == "closedForm" or run.network.backbone == "unet"
+    return USE.format(needed="torch and safetensors" if own else "torch, safetensors and the network of diffusers")
 
 
 TAGS = ("feddiff", "differential-privacy", "federated-learning", "diffusion", "class-conditional")

@@ -43,7 +43,7 @@ class SharedDenoiser(ModelMixin, ConfigMixin):
 
     config_name = "config.json"
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self, kind: str, network: dict[str, Any], schedule: dict[str, Any], split_step: int, sampling: dict[str, Any]
     ) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import ImageSpec, Mechanism, NetworkSpec, Timeline
+from feddiff_protocol.api import ComputeSpec, ImageSpec, Mechanism, NetworkSpec, Timeline
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainSharedSpec
 from feddiff_protocol.telemetry import CHECKPOINT, DATA_WAIT, GPU_MEMORY, IMAGES, LOSS, PROGRESS, STEPS
@@ -61,7 +61,7 @@ def shared_denoiser(
     torch.manual_seed(0)  # initial weights, equal on all ranks; nothing private depends on them
     config = network_config(spec.network, spec.image, spec.num_classes, sigma_data_of(spec))
     return train(
-        Denoiser(config),
+        new_denoiser(config, spec.compute),
         shared_loss(spec, releases, config.sigma_data, world.device),
         world=world,
         num_images=spec.shared.images,
@@ -72,7 +72,23 @@ def shared_denoiser(
         on_progress=lambda progress: show_progress_and_loss(progress, spec.shared.batch),
         on_checkpoint=lambda: tell(CHECKPOINT, time.time()),
         checkpoints=checkpoints,
+        accumulation=spec.shared.accumulation,
+        bfloat16=in_bfloat16(spec.compute),
+        compiled=spec.compute.compile,
     )
+
+
+def new_denoiser(config: NetworkConfig, compute: ComputeSpec) -> Denoiser:
+    """Untrained, its weights drawn by torch's global generator, to be trained as `compute` says."""
+    denoiser = Denoiser(config)
+    if compute.gradient_checkpointing:
+        denoiser.checkpoint_gradients()
+    return denoiser
+
+
+def in_bfloat16(compute: ComputeSpec) -> bool | None:
+    """As `train` takes it."""
+    return None if compute.precision == "auto" else compute.precision == "bfloat16"
 
 
 def shared_loss(spec: TrainSharedSpec, releases: Releases, sigma_data: float, device: torch.device) -> BatchLoss:
@@ -163,6 +179,7 @@ def network_config(network: NetworkSpec, image: ImageSpec, num_classes: int, sig
         image_width=image.width,
         num_classes=num_classes,
         **asdict(network.size),
+        backbone=network.backbone,
         sigma_data=sigma_data,
     )
 

@@ -77,7 +77,7 @@ def export_shared(spec: SharedExportSpec) -> dict[str, Any]:
 MODEL_INDEX = {
     # diffusers looks for the pipeline's module below the folder, and for a component's below the component's.
     "_class_name": ["denoiser/pipeline", "SharedDenoiserPipeline"],
-    "_diffusers_version": "0.35.0",
+    "_diffusers_version": "0.42.1",
     "denoiser": ["pipeline", "SharedDenoiser"],
 }
 

@@ -3,6 +3,7 @@ attacking what a run left, passing it on."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from .run_folder import RunFolder
 
 CHECK_MODULE, AUDIT_MODULE, EXPORT_MODULE = "feddiff_trainer.check", "feddiff_trainer.audit", "feddiff_trainer.export"
 SHARED_EXPORT_MODULE = "feddiff_trainer.export_shared"
+LICENCE = r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}"
 Told = Callable[[int, int], None]  # done, total
 
 
@@ -93,6 +95,8 @@ def export_result(folder: RunFolder, what: str, client: str, out: Path, override
 
 def export_shared_denoiser(folder: RunFolder, out: Path, licence: str) -> TrainSharedSpec:
     """`out` is a folder with the run's shared denoiser that loads without feddiff; the spec that trained it."""
+    if not re.fullmatch(LICENCE, licence):
+        raise UsageInvalid(f"--license: expected an identifier like cc-by-4.0, found {licence!r}")
     _check_new(out, "folder")
     key: StageKey = (Stage.TRAIN_SHARED, "")
     spec_path, done = _finished(folder, key, "no shared denoiser yet; `feddiff run` with this --dir trains it")

@@ -660,10 +660,10 @@ class ComputeSpec(Wire):
         " on a GPU, else float32",
     )
     gradient_checkpointing: Flag = Field(
-        False, description="compute each block's activations again for its gradient: less memory, about a third slower"
+        False, description="compute each block's activations again for its gradient: less memory, slower"
     )
     compile: Flag = Field(
-        False, description="torch.compile; costs minutes at each start and needs a C++ compiler or Triton in the image"
+        False, description="torch.compile; costs time at each start and needs a C++ compiler or Triton in the image"
     )
 
 

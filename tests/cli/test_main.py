@@ -563,6 +563,12 @@ def test_the_shared_denoiser_goes_out_by_the_hash_of_its_receipt_and_without_an_
     assert (spec["licence"], spec["out"]) == ("cc-by-4.0", str(out))
 
 
+def test_a_licence_is_an_identifier(feddiff: Any, world: Any) -> None:
+    out = world.path / "shared"
+    code, _, err = feddiff("export", "shared", world.path / "run", "--out", out, "--license", "mine: yes")
+    assert (code, "--license: expected an identifier like cc-by-4.0, found 'mine: yes'" in err) == (64, True), err
+
+
 def test_an_export_of_a_personal_denoiser_names_its_owner(feddiff: Any, world: Any) -> None:
     world.run(world.job(), world.stages())
     code, _, err = feddiff("export", "denoiser", world.path / "run", "--out", world.path / "p.safetensors")

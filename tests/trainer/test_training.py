@@ -360,7 +360,7 @@ def test_bfloat16_comes_near_float32_and_is_not_it(uninterrupted: WEIGHTS) -> No
 def test_a_compiled_network_learns_what_an_eager_one_does(
     uninterrupted: WEIGHTS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced as torch.compile does it, and run without its C++ compiler, which takes minutes."""
+    """Traced as torch.compile does it, and run without its C++ compiler, which takes its time."""
     compiled, compile_module = [], torch.compile
 
     def traced(module: nn.Module) -> Any:

@@ -35,8 +35,8 @@ def model_card(
         _head(licence),
         f"# {run.job.name}: the shared denoiser",
         f"A class-conditional diffusion model of {run.image.height}×{run.image.width} images with "
-        f"{num(run.image.channels, 'channel')}, trained by feddiff on what {num(len(manifests), 'data owner')} released"
-        " under differential privacy. No owner's image was used in any other way.",
+        f"{num(run.image.channels, 'channel')}, made by feddiff of what {num(len(manifests), 'data owner')} released"
+        " under differential privacy, and of nothing else of theirs.",
         "## Use",
         _use(run),
         "## What was promised",
@@ -66,7 +66,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)  # runs FOLDER/denoiser/pipeline.py
-images = pipeline([0, 1, 2], generator=torch.Generator().manual_seed(0)).images  # one for each label
+images = pipeline([0, 0], generator=torch.Generator().manual_seed(0)).images  # one for each label
 ```
 
 feddiff is not needed, and the same seed gives the samples that feddiff draws. With FOLDER/denoiser on the path,

@@ -75,7 +75,7 @@ class SharedDenoiserPipeline(DiffusionPipeline):
 
     denoiser: SharedDenoiser
 
-    def __init__(self, denoiser: SharedDenoiser) -> None:
+    def __init__(self, denoiser: ModelMixin) -> None:  # diffusers loads this module twice: SharedDenoiser is another
         super().__init__()
         self.register_modules(denoiser=denoiser)
 

@@ -65,9 +65,9 @@ def _own_log() -> Iterator[None]:
     structlog.reset_defaults()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """torch computes with one thread, whatever the test asks of it."""
+    """torch computes with one thread, whatever the tests of a file ask of it."""
     import torch
 
     threads = torch.get_num_threads()

@@ -14,6 +14,7 @@ from pydantic import Field
 from .api import (
     WHOLE,
     ClassesSpec,
+    ComputeSpec,
     DiffusionSpec,
     FederatedDiffusionJob,
     ImageSpec,
@@ -99,6 +100,7 @@ class TrainSharedSpec(SeededSpec):
     privacy: PrivacySpec
     diffusion: DiffusionSpec
     network: NetworkSpec
+    compute: ComputeSpec = ComputeSpec()
     shared: SharedSpec
     sampling: SamplingSpec
     federation_store: Uri
@@ -122,6 +124,7 @@ class OwnerStageSpec(SeededSpec):
 
 class TrainPersonalSpec(OwnerStageSpec):
     stage: Literal[Stage.TRAIN_PERSONAL] = Stage.TRAIN_PERSONAL
+    compute: ComputeSpec = ComputeSpec()
     personal: PersonalSpec
 
 
@@ -243,6 +246,7 @@ def train_shared_spec(
         privacy=job.spec.privacy,
         diffusion=job.spec.diffusion,
         network=job.spec.network,
+        compute=job.spec.compute,
         shared=job.spec.shared,
         sampling=job.spec.sampling,
         federation_store=places.federation_store,
@@ -280,7 +284,7 @@ def owner_stage_spec(
         "federation_store": places.federation_store,
     }
     if stage is Stage.TRAIN_PERSONAL:
-        return TrainPersonalSpec(**common)
+        return TrainPersonalSpec(**common, compute=job.spec.compute)
     if stage is Stage.SAMPLE:
         return SampleSpec(**common, sampling=job.spec.sampling, shared_denoiser_sha256=shared_denoiser_sha256)
     assert stage is Stage.EVALUATE

@@ -41,6 +41,7 @@ def fedavg(
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
+    bfloat16: bool | None = None,
 ) -> M:
     """A copy of `model` with the moving average of the clients' averaged weights, in evaluation mode.
 
@@ -59,13 +60,14 @@ def fedavg(
     runs = [Run(copy.deepcopy(model).train(), copy.deepcopy(ema), named) for _ in losses]
     weights = [count / sum(num_records) for count in num_records]
     generator, saved_at = torch.Generator(device), clock()
+    autocast = device.type == "cuda" if bfloat16 is None else bfloat16
     with caught_signals() as signals:
         _resume(runs, checkpoints)
         for end in round_ends(num_steps, rounds):
             while (position := _next_client(runs, end)) is not None:
                 run = runs[position]
                 generator.manual_seed(step_seed(seed + SEEDS_APART * position, run.step))
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                     loss = losses[position](run.model, generator, batch, slice(0, batch))
                 torch.autograd.backward(loss)
                 run.advance(learning_rate * schedule(run.step, num_steps), gamma)

@@ -24,7 +24,7 @@ from .records import read_source
 from .stage import report_progress, run_stage
 from .stores import open_store
 from .train_personal import images_of, show_progress
-from .train_shared import EMA_WIDTH, SIGMA_DATA, network_config
+from .train_shared import EMA_WIDTH, SIGMA_DATA, in_bfloat16, network_config, new_denoiser
 from .training import distributed, train
 
 
@@ -45,11 +45,20 @@ def trained(spec: TrainBaselineSpec, checkpoints: Checkpoints) -> Denoiser:
         "ema_width": EMA_WIDTH,
         "seed": spec.seed_or_zero,
         "checkpoints": checkpoints,
+        "bfloat16": in_bfloat16(spec.like.compute),
     }
     with distributed() as world:
         if spec.baseline is not Baseline.FEDAVG:
             loss = loss_of(source_of(spec, world.device), SIGMA_DATA)
-            return train(network, loss, world=world, on_progress=show_progress, **settings)
+            return train(
+                network,
+                loss,
+                world=world,
+                on_progress=show_progress,
+                accumulation=training.accumulation,
+                compiled=spec.like.compute.compile,
+                **settings,
+            )
         sources = [clean_source(spec, [owner.client], world.device) for owner in spec.owners]
         return fedavg(
             network,
@@ -69,7 +78,7 @@ def training_of(spec: TrainBaselineSpec) -> SharedSpec | PersonalSpec:
 
 def initial_network(spec: BaselineSpec) -> Denoiser:
     torch.manual_seed(spec.seed_or_zero)  # initial weights only
-    return Denoiser(config_of(spec))
+    return new_denoiser(config_of(spec), spec.like.compute)
 
 
 def config_of(spec: BaselineSpec) -> NetworkConfig:

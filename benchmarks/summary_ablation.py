@@ -2,8 +2,8 @@
 
     python benchmarks/summary_ablation.py OUT.jsonl [--epsilons 10 1] [--seeds 0 1 2] [--candidates NAME ...]
 
-Fashion-MNIST (Debian's dataset-fashion-mnist), averaged to 14×14, ten classes of 5,000 images at one owner and 50 at the
-other. No network: what was released becomes one Gaussian mixture per class, whose denoiser is known in closed form, and
+Fashion-MNIST (Debian's dataset-fashion-mnist), averaged to 14×14, ten classes of 5,000 images at one owner and 50 at
+the other. No network: what was released becomes one Gaussian mixture per class, whose denoiser is known in closed form, and
 that is asked for held-out images at several noise levels; its draws are compared with held-out images. Every candidate
 spends the same μ, replace-one within a class (see `Parts`). One row per seed, ε and candidate; rows that OUT already
 holds are not computed again. `--table OUT.jsonl` prints mean ± standard deviation over seeds.
@@ -63,7 +63,8 @@ class Parts:
     `axes`: where the cells are, by LLOYD noisy steps of k-means. Every record falls into one cell of J, by its
       projection y on the R first axes of what was released before: that depends on public numbers and on this record
       alone. Of each cell R0 times its number, and its sum of y, ‖y‖ ≤ R0. A replaced record that stays in its cell
-      moves that by ‖y - y'‖ ≤ 2·R0; one that changes cells by √(‖y‖² + ‖y'‖² + 2·R0²) ≤ 2·R0. Δ = 2·R0, reached by both.
+      moves that by ‖y - y'‖ ≤ 2·R0; one that changes cells by √(‖y‖² + ‖y'‖² + 2·R0²) ≤ 2·R0. Δ = 2·R0, reached by
+      both.
     `cells`: of each cell the second moment of w = (c, u), u = clip(x - its centre), c constant: number, sum and second
       moment at once. ‖w‖² ≤ c² + C², and records of different cells are orthogonal: ‖wwᵀ - w'w'ᵀ‖² =
       ‖w‖⁴ + ‖w'‖⁴ - 2·⟨w,w'⟩² (the last term in one cell only), at most 2·(c² + C²)². Δ = √2·(c² + C²), reached by u
@@ -147,7 +148,8 @@ def cell_release(
 ) -> Cells:
     """sigma_DD: the class's covariance, public by now; its axes and size are all that is used of it."""
     clips = isfinite(mu)
-    centres_JD = first.mean_D + find_cells(x_nD, first, sigma_DD, how, mu, noise)
+    found = find_cells(x_nD, first, sigma_DD, how, mu, noise)
+    centres_JD = first.mean_D + found.offsets_JR @ found.axes_DR.T
     nearest_n = cell_of(x_nD, first, centres_JD, sigma_DD, how)
     largest = how.cell_clip * float((basis_DD @ sigma_DD @ basis_DD).trace()) ** 0.5
     c = largest / 2
@@ -182,39 +184,52 @@ def cell_release(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Found:
+    """Cells as the last step of k-means left them: offsets_JR from the mean along the first axes_DR, the noisy numbers
+    of records that gave them, the variance of the noise in a value of an offset."""
+
+    axes_DR: Tensor
+    offsets_JR: Tensor
+    numbers_J: Tensor
+    variance_J: Tensor
+
+
 def find_cells(
     x_nD: Tensor, first: First, sigma_DD: Tensor, how: Candidate, mu: float, noise: torch.Generator
-) -> Tensor:
-    """Offsets_JD of the cells' centres from the mean: k-means on draws of the released Gaussian, then LLOYD noisy steps
-    on records."""
+) -> Found:
+    """k-means on draws of the released Gaussian, then LLOYD noisy steps on records."""
     axes_DR, scale_R = first_axes(sigma_DD, how.num_axes)
     if how.num_cells == 1:
-        return torch.zeros(1, SIZE, dtype=torch.float64)
+        zero_1 = torch.zeros(1, dtype=torch.float64)
+        return Found(axes_DR, torch.zeros(1, how.num_axes, dtype=torch.float64), zero_1 + first.count, zero_1)
     public = torch.Generator().manual_seed(0)
     drawn_nR = torch.randn(5000, how.num_axes, generator=public, dtype=torch.float64) * scale_R
-    centres_JR = drawn_nR[: how.num_cells]
+    offsets_JR = drawn_nR[: how.num_cells]
     for _ in range(20):
-        centres_JR = lloyd(drawn_nR, centres_JR, 0.0, 1.0, how.num_cells, noise)
-    clips = isfinite(mu)
-    if how.parts.axes or not clips:
-        radius, steps = how.moment_clip, LLOYD if clips else 20
-        std = 2 * radius * sqrt(steps) / (mu * sqrt(how.parts.axes)) if clips else 0.0
-        y_nR = clipped((x_nD - first.mean_D) @ axes_DR, radius)
-        for _ in range(steps):
-            centres_JR = lloyd(y_nR, centres_JR, std, radius, how.num_cells, noise)
-    return centres_JR @ axes_DR.T
+        offsets_JR, numbers_J = lloyd(drawn_nR, offsets_JR, 0.0, 1.0, noise)
+    if not how.parts.axes and isfinite(mu):
+        return Found(axes_DR, offsets_JR, numbers_J * first.count / 5000, torch.zeros_like(numbers_J))
+    radius, steps = (how.moment_clip, LLOYD) if isfinite(mu) else (inf, 20)
+    std = 2 * radius * sqrt(steps) / (mu * sqrt(how.parts.axes)) if isfinite(mu) else 0.0
+    y_nR = clipped((x_nD - first.mean_D) @ axes_DR, radius)
+    for _ in range(steps):
+        offsets_JR, numbers_J = lloyd(y_nR, offsets_JR, std, radius, noise)
+    return Found(axes_DR, offsets_JR, numbers_J, (std / numbers_J) ** 2)
 
 
-def lloyd(
-    y_nR: Tensor, centres_JR: Tensor, std: float, radius: float, num_cells: int, noise: torch.Generator
-) -> Tensor:
-    """Means of the cells, from R0·numbers and sums with noise; a cell that seems nearly empty stays where it is."""
-    nearest_n = torch.cdist(y_nR, centres_JR).argmin(dim=1)
+def lloyd(y_nR: Tensor, offsets_JR: Tensor, std: float, radius: float, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Means and numbers of the cells, from R0·numbers and sums with noise; a cell that seems nearly empty stays where
+    it is, as one of a tenth of the average."""
+    num_cells = len(offsets_JR)
+    nearest_n = torch.cdist(y_nR, offsets_JR).argmin(dim=1)
     numbers_J = torch.bincount(nearest_n, minlength=num_cells).double() + std / radius * normal(num_cells, noise)
-    sums_JR = torch.zeros_like(centres_JR).index_add_(0, nearest_n, y_nR)
+    sums_JR = torch.zeros_like(offsets_JR).index_add_(0, nearest_n, y_nR)
     sums_JR += std * torch.randn(sums_JR.shape, generator=noise, dtype=torch.float64)
-    enough_J = numbers_J > max(len(y_nR) / (10 * num_cells), 3 * std / radius)
-    return torch.where(enough_J[:, None], sums_JR / numbers_J.clamp(min=1)[:, None], centres_JR)
+    least = len(y_nR) / (10 * num_cells)
+    enough_J = numbers_J > max(least, 3 * std / radius)
+    numbers_J = numbers_J.clamp(min=least)
+    return torch.where(enough_J[:, None], sums_JR / numbers_J[:, None], offsets_JR), numbers_J
 
 
 def cell_of(x_nD: Tensor, first: First, centres_JD: Tensor, sigma_DD: Tensor, how: Candidate) -> Tensor:
@@ -270,6 +285,11 @@ def owners_mixtures(records: list[Tensor], how: Candidate, mu: float, noise: tor
     counts_K = torch.tensor([first.count for first in firsts], dtype=torch.float64)
     mapped_KDD, _ = shrink(mapped_KDD, variance_K, counts_K, how.weight)
     sigma_KDD = unmapped(mapped_KDD, basis_DD)
+    if how.num_cells > 1 and not how.parts.cells:
+        return [
+            within_the_covariance(first, sigma_DD, find_cells(x_nD, first, sigma_DD, how, mu, noise))
+            for x_nD, first, sigma_DD in zip(records, firsts, sigma_KDD, strict=True)
+        ]
     if not how.parts.cells:
         return [
             in_pixels(torch.ones(1, dtype=torch.float64), first.mean_D[None], sigma_DD[None])
@@ -296,6 +316,22 @@ def owners_mixtures(records: list[Tensor], how: Candidate, mu: float, noise: tor
         means_JD = each.centres_JD + shrunk_offsets(each, within_DD, w_J) @ torch.linalg.inv(basis_DD)
         found.append(in_pixels(w_J, means_JD, unmapped(covariances_JDD, basis_DD)))
     return found
+
+
+def within_the_covariance(first: First, sigma_DD: Tensor, found: Found) -> Mixture:
+    """Cells that share one covariance: what the class's whole one leaves beside the scatter of their means. The mixture
+    has the mean and covariance that were released, so no second moment is needed of any cell."""
+    weights_J = found.numbers_J / found.numbers_J.sum()
+    offsets_JR = found.offsets_JR - weights_J @ found.offsets_JR
+    raw_R = (weights_J[:, None] * (offsets_JR.square() - found.variance_J[:, None])).sum(0).clamp(min=0)
+    offsets_JR = offsets_JR * raw_R / (raw_R + found.variance_J[:, None]).clamp(min=TINY)
+    offsets_JD = offsets_JR @ found.axes_DR.T
+    rest_DD = sigma_DD - torch.einsum("j,jd,je->de", weights_J, offsets_JD, offsets_JD)
+    values_D, axes_DD = torch.linalg.eigh(rest_DD)
+    least = float(values_D.clamp(min=0).median())
+    rest_DD = (axes_DD * values_D.clamp(min=least * 0.1)) @ axes_DD.T
+    means_JD = first.mean_D + offsets_JD
+    return Mixture(weights_J, 2 * means_JD - 1, 4 * rest_DD.expand(len(weights_J), SIZE, SIZE))
 
 
 def shrink(
@@ -548,6 +584,7 @@ def likeness(owners: Owners, drawn: list[Tensor]) -> dict[str, float]:
 NOW = Candidate(Parts(0.5, 0.5), weight=0.5)
 ONE = Candidate(Parts(0.2, 0.8), mean_clip=float(SIDE))
 CELLS = replace(ONE, parts=Parts(0.1, 0.3, 0.1, 0.5), num_cells=8, tied=True)
+MEANS = replace(ONE, parts=Parts(0.15, 0.7, 0.15), num_cells=8, smooth=0.5)
 CANDIDATES = {
     "as it is": NOW,
     "as it is, mean unclipped": replace(ONE, weight=0.5),
@@ -561,15 +598,20 @@ CANDIDATES = {
     "8 cells": replace(CELLS, tied=False),
     "8 cells, tied": CELLS,
     "8 cells, tied, smooth 0.5": replace(CELLS, smooth=0.5),
-    "8 cells, tied, smooth 0.5, no k-means": replace(CELLS, smooth=0.5, parts=Parts(0.1, 0.3, 0.0, 0.6)),
     "8 cells, tied, whitened": replace(CELLS, whiten=0.25, cell_clip=2.0),
-    "4 cells, tied, smooth 0.5": replace(CELLS, smooth=0.5, num_cells=4),
-    "16 cells, tied, smooth 0.5": replace(CELLS, smooth=0.5, num_cells=16),
+    "8 means, smooth 0.5": MEANS,
+    "16 means, smooth 0.5": replace(MEANS, num_cells=16),
+    "32 means, smooth 0.5": replace(MEANS, num_cells=32),
+    "32 means, pixels": replace(MEANS, num_cells=32, smooth=0.0),
+    "32 means, smooth 0.5, 20 axes": replace(MEANS, num_cells=32, num_axes=20),
+    "32 means, smooth 0.5, no k-means": replace(MEANS, num_cells=32, parts=Parts(0.2, 0.8)),
 }
 EXACT = {
     "exact, one": ONE,
     "exact, 8 cells": replace(CELLS, tied=False),
     "exact, 8 cells, tied": CELLS,
+    "exact, 8 means": MEANS,
+    "exact, 32 means": replace(MEANS, num_cells=32),
     "exact, 32 cells": replace(CELLS, tied=False, num_cells=32),
 }
 

@@ -3,8 +3,8 @@
     python benchmarks/summary_ablation.py OUT.jsonl [--epsilons 10 1] [--seeds 0 1 2] [--candidates NAME ...]
 
 Fashion-MNIST (Debian's dataset-fashion-mnist), averaged to 14×14, ten classes of 5,000 images at one owner and 50 at
-the other. No network: what was released becomes one Gaussian mixture per class, whose denoiser is known in closed form, and
-that is asked for held-out images at several noise levels; its draws are compared with held-out images. Every candidate
+the other. No network: what was released becomes one Gaussian mixture per class, whose denoiser is known in closed form,
+and that is asked for held-out images at several noise levels; its draws are compared with held-out images. Every candidate
 spends the same μ, replace-one within a class (see `Parts`). One row per seed, ε and candidate; rows that OUT already
 holds are not computed again. `--table OUT.jsonl` prints mean ± standard deviation over seeds.
 
@@ -587,6 +587,7 @@ CELLS = replace(ONE, parts=Parts(0.1, 0.3, 0.1, 0.5), num_cells=8, tied=True)
 MEANS = replace(ONE, parts=Parts(0.15, 0.7, 0.15), num_cells=8, smooth=0.5)
 CANDIDATES = {
     "as it is": NOW,
+    "as it is, C1 = 10": replace(NOW, mean_clip=10.0),
     "as it is, mean unclipped": replace(ONE, weight=0.5),
     "one": ONE,
     "one, C2 = 3": replace(ONE, moment_clip=3.0),

@@ -4,9 +4,9 @@
 
 Fashion-MNIST (Debian's dataset-fashion-mnist), averaged to 14×14, ten classes of 5,000 images at one owner and 50 at
 the other. No network: what was released becomes one Gaussian mixture per class, whose denoiser is known in closed form,
-and that is asked for held-out images at several noise levels; its draws are compared with held-out images. Every candidate
-spends the same μ, replace-one within a class (see `Parts`). One row per seed, ε and candidate; rows that OUT already
-holds are not computed again. `--table OUT.jsonl` prints mean ± standard deviation over seeds.
+and that is asked for held-out images at several noise levels; with `--draws`, its draws are compared with them, too.
+Every candidate spends the same μ, replace-one within a class (see `Parts`). One row per seed, ε and candidate; rows that
+OUT already holds are not computed again. `--table OUT.jsonl` prints mean ± standard deviation over seeds.
 
 The noise here comes from a seed, so that rows can be computed again. A release never does that.
 
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import inf, isfinite, sqrt
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -681,6 +681,25 @@ def line(row: dict[str, Any]) -> str:
 MEASURES = "frechet_moments", "frechet", "frechet_classes", "coverage", "density"
 
 
+def table(out: Path) -> str:
+    """Markdown: per ε and candidate mean ± standard deviation over seeds of what every row has."""
+    rows = [json.loads(text) for text in out.open()]
+    lines = [f"| ε | what | {' | '.join(map(str, SIGMAS))} | {' | '.join(MEASURES)} |", "|---" * (2 + 5 + 5) + "|"]
+    for epsilon, name in dict.fromkeys((row["epsilon"], row["name"]) for row in rows):
+        same = [row for row in rows if (row["epsilon"], row["name"]) == (epsilon, name)]
+        errors = [[mean(row["errors"][str(s)]) for row in same if "errors" in row] for s in SIGMAS]
+        cells = [spread(values, 4) for values in errors]
+        cells += [spread([row[measure] for row in same if measure in row], 3) for measure in MEASURES]
+        lines.append(f"| {epsilon or '–'} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], digits: int) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "–"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
@@ -688,4 +707,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--candidates", nargs="+")
     parser.add_argument("--draws", action="store_true")
-    run(parser.parse_args())
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        print(table(Path(args.out)))
+    else:
+        run(args)

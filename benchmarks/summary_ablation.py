@@ -5,8 +5,8 @@
 Fashion-MNIST (Debian's dataset-fashion-mnist), averaged to 14×14, ten classes of 5,000 images at one owner and 50 at
 the other. No network: what was released becomes one Gaussian mixture per class, whose denoiser is known in closed form,
 and that is asked for held-out images at several noise levels; with `--draws`, its draws are compared with them, too.
-Every candidate spends the same μ, replace-one within a class (see `Parts`). One row per seed, ε and candidate; rows that
-OUT already holds are not computed again. `--table OUT.jsonl` prints mean ± standard deviation over seeds.
+Every candidate spends the same μ, replace-one within a class (see `Parts`). One row per seed, ε and candidate; those
+that OUT already holds are not computed again. `--table OUT.jsonl` prints mean ± standard deviation over seeds.
 
 The noise here comes from a seed, so that rows can be computed again. A release never does that.
 

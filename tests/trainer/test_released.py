@@ -52,9 +52,7 @@ def diffusion(mechanism: str) -> DiffusionSpec:
 class Released:
     """One release in a folder, and what its reader was told."""
 
-    def __init__(
-        self, folder: Path, mechanism: str, normals: Callable[[tuple[int, ...]], Any], **changes: Any
-    ) -> None:
+    def __init__(self, folder: Path, mechanism: str, normals: Callable[[tuple[int, ...]], Any], **changes: Any) -> None:
         generator = np.random.default_rng(0)
         self.images_ND, self.labels_N = generator.uniform(0, 1, (37, 16)), np.repeat([0, 1], COUNTS)
         np.savez(folder / "train.npz", images=self.images_ND.reshape(37, 4, 4), labels=self.labels_N)

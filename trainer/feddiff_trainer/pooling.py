@@ -98,8 +98,9 @@ def unmapped(covariances_KDD: Tensor, owner: Owner) -> Tensor:
     """P⁻¹·Σ·P⁻¹: covariances of images, from those of the mapped ones that the owners released."""
     if isinstance(owner, OwnerMoments) or owner.map_DD is None:
         return covariances_KDD
-    inverse_DD = torch.linalg.inv(owner.map_DD)
-    return inverse_DD @ covariances_KDD @ inverse_DD
+    inverse_DD: Tensor = torch.linalg.inv(owner.map_DD)
+    images_KDD: Tensor = inverse_DD @ covariances_KDD @ inverse_DD
+    return images_KDD
 
 
 def mapped(x_nD: Tensor, owner: OwnerSummary) -> Tensor:

@@ -46,7 +46,7 @@ kube: $(VENV)/.dev
 images: $(VENV)/.dev
 	@PYTHON="$(abspath $(BIN))/python" tests/cluster/images.sh
 
-# The definitions of our kinds and the page about them, from the types.
+# The definitions of our kinds, the page about them and the one about `import feddiff`, from the types.
 crds: $(VENV)/.dev
 	$(BIN)/python -m feddiff.crds crds
 	$(BIN)/python docs/generate.py

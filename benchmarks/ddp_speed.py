@@ -190,18 +190,14 @@ def print_row(
     spec: TrainSharedSpec, found: dict[str, list[tuple[float, float]]], arguments: argparse.Namespace
 ) -> None:
     config = network_config(NetworkSpec(base_width=arguments.base_width), spec.image, CLASSES, SIGMA_DATA)
-    speeds = {way: [speed for speed, _ in each] for way, each in found.items()}
-    ranks, independent, alone = (speeds[each] for each in ("two ranks", "two independent", "one process"))
     row = {
         "benchmark": "ddp_speed",
         "size": arguments.size,
         "mechanism": arguments.mechanism,
         "parameters": sum(weight.numel() for weight in Denoiser(config).parameters()),
         "batch": BATCH,
-        "images_per_second": {name: spread(each) for name, each in speeds.items()},
+        **speeds_in_words({way: [speed for speed, _ in each] for way, each in found.items()}),
         "cpu_milliseconds_per_image": {way: spread([cpu for _, cpu in each]) for way, each in found.items()},
-        "efficiency": spread([a / b for a, b in zip(ranks, independent, strict=True)]),
-        "speed_up_over_one": spread([a / b for a, b in zip(ranks, alone, strict=True)]),
         "runs": arguments.runs,
         "seconds": arguments.seconds,
         "threads": 1,
@@ -213,6 +209,16 @@ def print_row(
         "command": f"python {' '.join(sys.argv)}",
     }
     print(json.dumps(row), flush=True)
+
+
+def speeds_in_words(found: dict[str, list[float]]) -> dict[str, Any]:
+    """Of images per second in each run of each of the WAYS."""
+    ranks, independent, alone = (found[each] for each in ("two ranks", "two independent", "one process"))
+    return {
+        "images_per_second": {way: spread(each) for way, each in found.items()},
+        "efficiency": spread([a / b for a, b in zip(ranks, independent, strict=True)]),
+        "speed_up_over_one": spread([a / b for a, b in zip(ranks, alone, strict=True)]),
+    }
 
 
 if __name__ == "__main__":

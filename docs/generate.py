@@ -1,20 +1,27 @@
-"""Writes docs/api.md, the reference of the three kinds, from the definitions that the types give.
+"""Writes docs/api.md, the reference of the three kinds, from the definitions that the types give, and docs/python.md,
+that of `import feddiff`, from signatures, docstrings and the comments beside fields.
 
 `python docs/generate.py`, which `make crds` runs.
 """
 
+import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import feddiff
 from feddiff_protocol.api import DECIMAL_PATTERN, NAME_PATTERN
 from feddiff_protocol.crd import definitions
+from feddiff_protocol.errors import FeddiffError
 from feddiff_protocol.plan import CONDITIONS, Reason
+from feddiff_trainer.evaluation import ARMS, GROUPS, MEASURES, REAL
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/api.md"
+PYTHON_PAGE = ROOT / "docs/python.md"
 RULES = "x-kubernetes-validations"
 
 Schema = dict[str, Any]
@@ -167,5 +174,99 @@ what to do: {reasons}. [state-table.md](state-table.md) says which event leads t
 """
 
 
+# ---- docs/python.md --------------------------------------------------------------------------------------------
+
+PYTHON_INTRODUCTION = """\
+# Python
+
+What a notebook needs of the `feddiff` command, with types: plan a job, run it, draw samples, read reports and ledgers.
+Written by `make crds` from signatures, docstrings and the comments beside fields; do not edit.
+[examples/notebook/digits.ipynb](../examples/notebook/digits.ipynb) is a whole run of two owners, which a test executes.
+
+```python
+import feddiff
+
+job = feddiff.load("owners.yaml", "job.yaml")
+feddiff.plan(job)  # what it promises and costs; starts nothing
+run = feddiff.run(job, "runs/first")  # this spends; the same call goes on after a stop
+samples = run.sample("a", images_per_class=4)
+run.report()
+feddiff.ledger(job.datasets["a"])
+```
+
+Every function calls what the [command](cli.md) of its name calls, and one run may go on with either. What the command
+refuses is an exception here, a `feddiff.FeddiffError` with the command's words (`--client` in them is the argument
+`client`) and its exit code, `exit_code`. [exit-codes.md](exit-codes.md) names the classes of `feddiff_protocol.errors`;
+`feddiff.StageFailed` is any other end of a stage. Values are immutable, each a read of one moment. Stages run in
+processes of their own; `import feddiff` loads neither torch nor numpy.
+"""
+FIGURES = """\
+## Figures of an owner
+
+`run.report().owners[client].figures[arm][group][measure]`, for the owner alone. Arms: `{arms}`, and `{real}`: the
+owner's own records, measured like samples. Groups of classes: `{groups}`.
+
+{table}
+"""
+
+
+def python_page() -> str:
+    """The whole of docs/python.md."""
+    public = [getattr(feddiff, name) for name in feddiff.__all__]
+    functions = sorted(filter(inspect.isfunction, public), key=lambda each: each.__code__.co_firstlineno)
+    classes = [each for each in public if inspect.isclass(each) and not issubclass(each, FeddiffError)]
+    rows = (f"| `{each.key}` | {each.direction} | {_cell(each.explanation)} |" for each in MEASURES)
+    figures = FIGURES.format(
+        arms="`, `".join(ARMS),
+        real=REAL,
+        groups="`, `".join(GROUPS),
+        table=_table("| measure | | |", rows),
+    )
+    parts = ["## Functions", *map(_function, functions), "## Types", *map(_class, classes), figures]
+    return "\n\n".join([PYTHON_INTRODUCTION.rstrip("\n"), *parts])
+
+
+def _function(function: Any) -> str:
+    return f"### `feddiff.{function.__name__}`\n\n```python\n{_signature(function)}\n```\n\n{inspect.getdoc(function)}"
+
+
+def _signature(function: Any) -> str:
+    """As it is written, decorators left out."""
+    source = textwrap.dedent(inspect.getsource(function))
+    (found,) = re.findall(r"^(def .*?):\n(?=    \"\"\"|    return)", source, re.MULTILINE | re.DOTALL)
+    return str(found).replace('"Run"', "Run").replace('"Samples"', "Samples")
+
+
+def _class(kind: type) -> str:
+    """Its fields and properties as a table, then its methods."""
+    rows = [*_fields(kind), *_properties(kind)]
+    parts = [f"### `feddiff.{kind.__name__}`", str(inspect.getdoc(kind))]
+    parts += [_table("| field | type | |", iter(rows))] if rows else []
+    for name, each in vars(kind).items():
+        if inspect.isfunction(each) and not name.startswith("_"):
+            parts.append(f"```python\n{_signature(each)}\n```\n\n{inspect.getdoc(each)}")
+    return "\n\n".join(parts)
+
+
+def _fields(kind: type) -> Iterator[str]:
+    """A row for every field of a dataclass, with the comment beside it."""
+    for line in inspect.getsource(kind).splitlines():
+        if found := re.fullmatch(r"    ([a-z]\w*): (.+?)(?: = .+?)?(?:  # (.+))?", line):
+            name, written, comment = found.groups("")
+            yield _row(name, written, comment)
+
+
+def _properties(kind: type) -> Iterator[str]:
+    for name, each in vars(kind).items():
+        if isinstance(each, property):
+            assert each.fget is not None
+            yield _row(name, _signature(each.fget).split(" -> ")[1], str(inspect.getdoc(each)))
+
+
+def _row(name: str, written: str, said: str) -> str:
+    return f"| `{name}` | `{_cell(written.strip(chr(34)))}` | {_cell(' '.join(said.split()))} |"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())
+    PYTHON_PAGE.write_text(python_page())

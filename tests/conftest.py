@@ -9,6 +9,7 @@ Types: `from cluster.kubernetes import ControlPlane, Node`.
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -16,10 +17,11 @@ from typing import TypeVar
 import pytest
 import structlog
 
-from cluster.kubernetes import RUN, ControlPlane, Node, ProgramsMissing
+from cluster.kubernetes import RUN, CommandFailed, ControlPlane, Node, ProgramsMissing
 
 C = TypeVar("C", bound=ControlPlane)
 CRDS = Path(__file__).parents[1] / "crds"
+SHORT_NAMES = ("fdj", "pds", "prl")
 NODE_SECONDS = 1200  # images are built and loaded, and one file of tests may have to wait for another's node
 
 
@@ -63,9 +65,9 @@ def _own_log() -> Iterator[None]:
     structlog.reset_defaults()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """torch computes with one thread, whatever the test asks of it."""
+    """torch computes with one thread, whatever the tests of a file ask of it."""
     import torch
 
     threads = torch.get_num_threads()
@@ -98,6 +100,21 @@ def _with_kinds(cluster: C) -> Iterator[C]:
     try:
         cluster.kubectl("apply", "-f", CRDS)
         cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", CRDS)
+        _wait_until_described(cluster)
         yield cluster
     finally:
         cluster.down()
+
+
+def _wait_until_described(cluster: ControlPlane) -> None:
+    """An API server takes objects of a new kind before it can tell kubectl what its short name is."""
+    deadline = time.monotonic() + 30
+    for name in SHORT_NAMES:
+        while True:
+            try:
+                cluster.kubectl("explain", name)
+                break
+            except CommandFailed:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)

@@ -18,14 +18,15 @@ import pytest
 import typer
 import yaml
 
+import feddiff
 from feddiff import cluster_budgets, cluster_jobs, store_checks
 from feddiff import main as command
 from feddiff.documents import LocalJob, load_documents, load_job
 from feddiff.local_ledger import LocalLedger, read_ledger
-from feddiff.plan_report import plan_clients, plan_document
+from feddiff.plan_report import plan_document, plan_report
 from feddiff.run_folder import RunFolder
 from feddiff.scaffold import job_text, write_scaffold
-from feddiff.views import ledger_document, run_document
+from feddiff.views import ledger_document, ledger_of, run_document, run_status
 from feddiff_operator.workloads import check_overlay
 from feddiff_protocol import errors, ledger_objects
 from feddiff_protocol.access import Role
@@ -145,10 +146,10 @@ def missing_keys(name: str, value: Any, text: str, free: frozenset[str] = frozen
 
 
 def test_plan_and_ledger_keys_are_on_the_page(job: LocalJob) -> None:
-    planned = plan_document(job, plan_clients(job))
+    planned = plan_document(plan_report(job))
     assert missing_keys("plan", planned, CLI, frozenset({"refusals"})) == set()
     LocalLedger(job.first_dataset).reserve(job.document, "uid", "a", job.promise.charge)
-    document = ledger_document(job.first_dataset)
+    document = ledger_document(ledger_of(job.first_dataset))
     assert document["entries"]
     assert missing_keys("ledger", {"datasets": [document]}, CLI) == set()
     assert missing_keys("plan", planned, CLI.replace("`paperEpsilon`", "`looserEpsilon`")) == {"paperEpsilon"}
@@ -158,7 +159,7 @@ def test_status_keys_are_on_the_page(job: LocalJob, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.begin(job)
     folder.write_status(plan(job.document, Observed({}, {})).status, None)
-    document = run_document(folder)
+    document = run_document(run_status(folder))
     assert document["conditions"]
     assert missing_keys("status", document, CLI, frozenset({"dropped"})) == set()
 
@@ -345,6 +346,33 @@ def test_a_changed_type_changes_the_api_reference(monkeypatch: pytest.MonkeyPatc
         "| `spec.backoffLimit` | integer, 0 to 7 | `3` | yes | failures of one stage, after which no further attempt"
         " follows; interruptions do not count |"
     }
+
+
+def test_the_python_reference_is_what_signatures_docstrings_and_comments_give() -> None:
+    assert (DOCS / "python.md").read_text() == generate.python_page(), "run `make crds`"
+
+
+def test_a_name_that_is_added_to_the_package_is_on_the_python_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def added(job: LocalJob, /, *, most: int = 3) -> list[str]:
+        """Some words."""
+        return []
+
+    before = generate.python_page()
+    monkeypatch.setattr(feddiff, "added", added, raising=False)
+    monkeypatch.setattr(feddiff, "__all__", [*feddiff.__all__, "added"])
+    new = set(generate.python_page().splitlines()) - set(before.splitlines())
+    assert new == {"### `feddiff.added`", "def added(job: LocalJob, /, *, most: int = 3) -> list[str]", "Some words."}
+
+
+def undescribed(page: str) -> list[str]:
+    """Rows of fields without a word, and classes or functions without a docstring."""
+    return re.findall(r"^\| `\w+` \|.*\|\s*(?:None)?\s*\|$|^None$", page, re.MULTILINE)
+
+
+def test_every_field_of_the_python_reference_is_described() -> None:
+    page = generate.python_page()
+    assert undescribed(page) == []
+    assert undescribed(page.replace("| as the ledger stands |", "|  |")) == ["| `budget_before` | `Budget` |  |"]
 
 
 def fields_that_change(kind: str) -> dict[str, str]:
@@ -555,9 +583,9 @@ def planned_jobs(files: list[Path]) -> list[str]:
     names = []
     for file in of_job:
         job = load_job([*(each for each in files if each not in of_job), file])
-        clients = plan_clients(job)
-        assert plan_document(job, clients)["refusals"] == {}
-        assert [each.client for each in clients] == [each.name for each in job.document.spec.clients]
+        report = plan_report(job)
+        assert report.refusals == {}
+        assert [each.client for each in report.clients] == [each.name for each in job.document.spec.clients]
         names.append(job.document.metadata.name)
     return names
 

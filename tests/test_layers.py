@@ -28,6 +28,7 @@ def test_every_import_contract_is_kept() -> None:
     [
         "import feddiff.main",
         "import feddiff.main, sys; sys.argv = ['feddiff', '--help']\ntry: feddiff.main.main()\nexcept SystemExit: pass",
+        "import feddiff.notebook",
         "import feddiff.engine, feddiff.views, feddiff.plan_report, feddiff.owner_stages, feddiff.progress",
         "import feddiff.on_cluster, feddiff.cluster_jobs, feddiff.cluster_budgets, feddiff.owner, feddiff.store_checks",
     ],

@@ -32,14 +32,16 @@ OUR_KINDS = tuple(kind.__name__ for kind in get_args(Document))
 class LocalDataset:
     """A dataset whose source paths are absolute, links followed: one set of records has one ledger."""
 
-    document: PrivateDataset
+    document: PrivateDataset  # docs/api.md lists its fields, in Python with underscores: `spec.image.height`
 
     @property
     def key(self) -> str:
+        """namespace/name."""
         return f"{self.document.metadata.namespace}/{self.document.metadata.name}"
 
     @property
     def source(self) -> SourceSpec:
+        """Where the records are."""
         return self.document.spec.source
 
     @property
@@ -60,12 +62,13 @@ class Documents:
 class LocalJob:
     """One job and, for each of its clients, the dataset."""
 
-    document: FederatedDiffusionJob
-    datasets: Mapping[str, LocalDataset]
-    promise: Promise
+    document: FederatedDiffusionJob  # docs/api.md lists its fields, in Python with underscores: `spec.privacy.epsilon`
+    datasets: Mapping[str, LocalDataset]  # by client
+    promise: Promise  # to every client alike
 
     @property
     def first_dataset(self) -> LocalDataset:
+        """Any client's, for the shape of images and the classes, which all share."""
         return next(iter(self.datasets.values()))
 
 

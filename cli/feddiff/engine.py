@@ -4,6 +4,7 @@ Everything that matters is on the disk before it is acted upon, so the engine ma
 it goes on. The plan decides (feddiff_protocol.plan); this file starts processes and keeps the ledgers.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -11,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_DOWN, Decimal
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from feddiff_protocol.api import PrivateDataset
-from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, Interrupted
+from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, Interrupted, UsageInvalid
 from feddiff_protocol.layout import release_name
 from feddiff_protocol.plan import (
     OWNER_STAGES,
@@ -87,6 +88,28 @@ class Setting:
     sleep: Callable[[float], None] = time.sleep
     stop_requested: Callable[[], int] = lambda: 0  # how often somebody asked; the second time is impatient
     grace_seconds: float = 60.0
+
+
+def carriers(
+    engine: str, processes: int | None, address: str | None, gpu_share: float | None
+) -> contextlib.AbstractContextManager[dict[str, Any]]:
+    """What of a Setting says who starts processes, and how many, for as long as it is entered.
+
+    `engine` is "local" or "ray"; the last two go with ray. Raises UsageInvalid for what does not fit, and what
+    ray_cluster raises.
+    """
+    if engine not in ("local", "ray"):
+        raise UsageInvalid(f"--engine: expected local or ray, found {engine}")
+    if processes is not None and processes < 1:
+        raise UsageInvalid(f"--processes: expected at least 1, found {processes}")
+    if engine == "ray":
+        from .ray_stages import ray_cluster
+
+        return ray_cluster(address, processes, gpu_share)
+    for name, given in (("--address", address), ("--gpu-share", gpu_share)):
+        if given is not None:
+            raise UsageInvalid(f"{name}: expected with --engine ray alone, found {given}; add it or leave this out")
+    return contextlib.nullcontext({"num_processes": processes} if processes else {})
 
 
 @dataclass(frozen=True)

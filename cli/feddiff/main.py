@@ -1,14 +1,11 @@
 """The `feddiff` command. Modules that cost time are imported by the command that needs them."""
 
-import contextlib
 import shlex
-import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -225,18 +222,16 @@ def plan(files: Files, as_json: AsJson = False) -> None:
     Ends with 77 when a budget or an owner's access rules do not admit it.
     """
     from .documents import one_job
-    from .plan_report import plan_clients, plan_document, print_plan
+    from .plan_report import plan_document, plan_report, print_plan
 
-    job = one_job(_documents(files), files)
-    clients = plan_clients(job)
+    report = plan_report(one_job(_documents(files), files))
     if as_json:
-        print_json(plan_document(job, clients))
+        print_json(plan_document(report))
     else:
-        print_plan(job, clients, console())
-    refused = [each for each in clients if each.refusal]
-    for each in refused:
-        print(f"feddiff: client {each.client}: {each.refusal}", file=sys.stderr)
-    if refused:
+        print_plan(report, console())
+    for client, refusal in report.refusals.items():
+        print(f"feddiff: client {client}: {refusal}", file=sys.stderr)
+    if report.refusals:
         raise typer.Exit(PRIVACY_REFUSED)
     if not as_json:
         say_next(f"feddiff run {' '.join(map(quoted, files))}")
@@ -266,16 +261,17 @@ def run(
     forgets no charge: run again, it is a new release.
     """
     from .documents import one_job
-    from .engine import Setting, run_job
+    from .engine import Setting, carriers, run_job
+    from .processes import stop_requests
     from .progress import display
     from .run_folder import RunFolder
 
     job = one_job(_documents(files), files)
     run_folder = RunFolder(folder or files[0].resolve().parent / "runs" / job.document.metadata.name)
     with (
-        _carriers(engine, processes, address, gpu_share) as given,
+        carriers(engine, processes, address, gpu_share) as given,
         display(as_json) as shown,
-        _stop_requests() as stop,
+        stop_requests() as stop,
     ):
         command_line = shlex.join(["feddiff", *sys.argv[1:]])
         setting = Setting(reporter=shown, command_line=command_line, stop_requested=stop, **given)
@@ -285,20 +281,6 @@ def run(
             _tell_stop(error, run_folder.path, as_json)
             raise
     _tell_outcome(outcome, run_folder.path, files, as_json)
-
-
-def _carriers(
-    engine: EngineName, processes: int | None, address: str | None, gpu_share: float | None
-) -> contextlib.AbstractContextManager[dict[str, Any]]:
-    """What of a Setting says who starts processes, and how many."""
-    if engine is EngineName.RAY:
-        from .ray_stages import ray_cluster
-
-        return ray_cluster(address, processes, gpu_share)
-    for name, given in (("--address", address), ("--gpu-share", gpu_share)):
-        if given is not None:
-            raise UsageInvalid(f"{name}: expected with --engine ray alone, found {given}; add it or leave this out")
-    return contextlib.nullcontext({"num_processes": processes} if processes else {})
 
 
 def _documents(files: Sequence[Path]) -> "Documents":
@@ -312,24 +294,6 @@ def _documents(files: Sequence[Path]) -> "Documents":
     return documents
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], int]]:
-    """Counts Ctrl-C and SIGTERM instead of dying of them: stages are to save their work first."""
-    received: list[int] = []
-
-    def receive(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:
-            print("feddiff: stopping; stages save their work (again: at once)", file=sys.stderr)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: len(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _tell_stop(error: FeddiffError, folder: Path, as_json: bool) -> None:
     """The last event of a run that did not come to its end."""
     from .progress import json_logger
@@ -341,13 +305,14 @@ def _tell_stop(error: FeddiffError, folder: Path, as_json: bool) -> None:
 def _tell_outcome(outcome: "Outcome", folder: Path, files: list[Path], as_json: bool) -> None:
     from .progress import json_logger
     from .run_folder import RunFolder
-    from .views import print_reports, report_paths
+    from .views import print_reports, report_of
 
     if as_json:
         reports: dict[str, Any] = {}
         if outcome.exit_code == 0:
-            job_report, owners = report_paths(RunFolder(folder))
-            reports = {"jobReport": str(job_report), "ownerReports": {name: str(path) for name, path in owners.items()}}
+            report = report_of(RunFolder(folder))
+            pages = {client: str(owner.page) for client, owner in report.owners.items()}
+            reports = {"jobReport": str(report.job_report), "ownerReports": pages}
         said = {"message": outcome.message} if outcome.message else {}
         if outcome.log is not None:
             said["log"] = str(outcome.log)
@@ -359,7 +324,7 @@ def _tell_outcome(outcome: "Outcome", folder: Path, files: list[Path], as_json: 
             print(f"feddiff: its words are in {outcome.log}", file=sys.stderr)
         raise typer.Exit(outcome.exit_code)
     if not as_json:
-        print_reports(RunFolder(folder), console())
+        print_reports(report_of(RunFolder(folder)), console())
         say_next(f"feddiff ledger {' '.join(map(quoted, files[:1]))}; feddiff report {quoted(folder)}")
 
 
@@ -395,17 +360,17 @@ def status(
 
 def _folder_status(name: str, as_json: bool) -> None:
     from .run_folder import RunFolder
-    from .views import print_run, run_document
+    from .views import print_run, run_document, run_status
 
     try:
-        document = run_document(RunFolder(Path(name)))
+        found = run_status(RunFolder(Path(name)))
     except InputMissing as error:
         raise InputMissing(f"{error}\na job on a cluster: feddiff status {shlex.quote(name)} -n NAMESPACE") from None
     if as_json:
-        print_json(document)
+        print_json(run_document(found))
         return
-    print_run(document, console())
-    if document["phase"] == "Complete":
+    print_run(found, console())
+    if found.phase == "Complete":
         say_next(f"feddiff report {shlex.quote(name)}")
 
 
@@ -534,9 +499,9 @@ def _print_checks(stores: "list[StoreToCheck]", endpoint: str | None, as_json: b
 def report(folder: RunDir) -> None:
     """Where a run's reports are, and which of them may be shared."""
     from .run_folder import RunFolder
-    from .views import print_reports
+    from .views import print_reports, report_of
 
-    print_reports(RunFolder(folder), console())
+    print_reports(report_of(RunFolder(folder)), console())
     say_next(f"feddiff sample {quoted(folder)} --client NAME --images-per-class 1000 --out samples.npz")
 
 
@@ -546,13 +511,13 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """Every release of the datasets, what they add up to, and what remains."""
-    from .views import ledger_document, print_ledgers
+    from .views import ledger_document, ledger_of, print_ledgers
 
-    datasets = _datasets(where)
+    ledgers = [ledger_of(dataset) for dataset in _datasets(where)]
     if as_json:
-        print_json({"datasets": [ledger_document(dataset) for dataset in datasets]})
+        print_json({"datasets": [ledger_document(each) for each in ledgers]})
         return
-    print_ledgers(datasets, console())
+    print_ledgers(ledgers, console())
     say_next("feddiff plan FILE... (what one more job would cost)")
 
 

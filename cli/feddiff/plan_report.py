@@ -1,6 +1,6 @@
 """What a job would cost each owner, before anything starts: the answer of `feddiff plan`. Writes nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -15,70 +15,136 @@ from feddiff_protocol.promise import NOT_COVERED, Promise, clips_any, signal_to_
 
 from .documents import LocalJob
 from .local_ledger import LedgerState, read_ledger
+from .tables import html_list, html_table
 
 FALSE_POSITIVE_RATE = 0.01
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What counts against one dataset's budget, reservations included, and what is left of it: ε per image at δ, of all
+    releases together."""
+
+    spent_epsilon: float  # at least 0
+    remaining_epsilon: float  # that one more release could ask for, at least 0
+    remaining_pure_epsilon: Decimal  # that one more release of pure ε (δ = 0) could ask for
+    limit_epsilon: Decimal  # the owner's limit, ever
+    limit_pure_epsilon: Decimal  # the part of it that is set aside for pure ε
+    delta: Decimal  # at which all of them are stated
+
+
+@dataclass(frozen=True)
+class OnePixel:
+    """What `gaussian` says of one pixel where the rest of the image is known. No promise of an image."""
+
+    mu: float  # of one pixel
+    epsilon: float  # per pixel, at the job's δ, of one release
+    paper_epsilon: float  # the same by the paper's formula: valid, not tight
+
+
+@dataclass(frozen=True)
 class ClientPlan:
-    """One owner's part. `refusal` is empty where the release would be admitted."""
+    """One owner's part: what one more release promises, and what it costs the owner's budget."""
 
-    client: str
-    dataset: str
-    document: dict[str, Any]  # the JSON form
-    refusal: str
+    client: str  # as the job names it
+    dataset: str  # namespace/name
+    mechanism: Mechanism  # gaussian, summary or privunit
+    unit: str  # of epsilon: image
+    epsilon: Decimal  # per unit, of this one release
+    delta: Decimal  # 0 where the promise is pure ε
+    mu: float | None  # μ of Gaussian differential privacy; None where the promise is pure ε
+    paper_epsilon: float | None  # ε by the paper's formula: valid, not tight; None where the promise is pure ε
+    one_pixel: OnePixel | None  # of `gaussian` alone
+    attack_auc: float  # of the best possible membership test, 0.5 to 1
+    attack_tpr: float  # share of the images that it finds at 1 % false alarms, 0 to 1
+    releases: int  # of the dataset, this one included
+    split_step: int  # where the shared denoiser hands over to the personal one
+    split_sigma: float  # noise-to-signal at that step, pixels in [-1, 1]
+    budget_before: Budget  # as the ledger stands
+    budget_after: Budget  # this release included, whether or not it is admitted
+    signal_to_noise_db: float  # of one image (gaussian), else of the mean of the smallest class
+    refusal: str  # why the release is not admitted; empty where it is
 
 
-def plan_clients(job: LocalJob) -> list[ClientPlan]:
+@dataclass(frozen=True)
+class PlanReport:
+    """What a job promises every client, what it costs each, and who does not admit it. A notebook shows tables."""
+
+    job: LocalJob  # that was planned
+    clients: tuple[ClientPlan, ...]  # in the order of the job
+    not_covered: tuple[str, ...] = NOT_COVERED  # what the promise says nothing about, in words
+
+    @property
+    def refusals(self) -> Mapping[str, str]:
+        """Why not, by client; empty where all admit the job."""
+        return {each.client: each.refusal for each in self.clients if each.refusal}
+
+    def _repr_html_(self) -> str:
+        refused = [f"client {client}: {why}" for client, why in self.refusals.items()]
+        return "".join(
+            [
+                html_table(_title(self), (), _promise_rows(self)),
+                html_table(_budget_title(self), _budget_columns(self), _budget_rows(self)),
+                html_list("Refused:", refused),
+                html_list("Not covered by the promise:", self.not_covered),
+            ]
+        )
+
+
+def plan_report(job: LocalJob) -> PlanReport:
     """What one more release would cost each owner, as a new run of the job would ask for it."""
-    return [_plan_client(job, client) for client in job.datasets]
+    return PlanReport(job, tuple(_plan_client(job, client) for client in job.datasets))
 
 
 def _plan_client(job: LocalJob, client: str) -> ClientPlan:
     dataset, promise, privacy = job.datasets[client], job.promise, job.document.spec.privacy
     state, delta, mu = read_ledger(dataset), privacy.delta_or_zero, promise.mu
-    document = {
-        "client": client,
-        "mechanism": privacy.mechanism.value,
-        "unit": privacy.unit,
-        "epsilon": str(privacy.epsilon),
-        "delta": decimal_text(delta),
-        "mu": mu,
-        "paperEpsilon": None if mu is None else accountant.paper_epsilon(mu, float(delta)),
-        "onePixel": _one_pixel(promise, delta),
-        "attackAuc": promise.attack_auc,
-        "attackTprAt1PercentFpr": promise.attack_tpr(FALSE_POSITIVE_RATE),
-        "releases": state.num_releases + 1,
-        "split": {"step": promise.split_step, "sigma": promise.split_sigma},
-        "budgetBefore": budget_document(state, ()),
-        "budgetAfter": budget_document(state, (promise.charge,)),
-        "signalToNoiseDb": _signal_to_noise_db(job, client),
-    }
-    return ClientPlan(client, dataset.key, document, _refusal(job, client, state))
+    return ClientPlan(
+        client=client,
+        dataset=dataset.key,
+        mechanism=privacy.mechanism,
+        unit=privacy.unit,
+        epsilon=privacy.epsilon,
+        delta=delta,
+        mu=mu,
+        paper_epsilon=None if mu is None else accountant.paper_epsilon(mu, float(delta)),
+        one_pixel=_one_pixel(promise, delta),
+        attack_auc=promise.attack_auc,
+        attack_tpr=promise.attack_tpr(FALSE_POSITIVE_RATE),
+        releases=state.num_releases + 1,
+        split_step=promise.split_step,
+        split_sigma=promise.split_sigma,
+        budget_before=budget_of(state),
+        budget_after=budget_of(state, promise.charge),
+        signal_to_noise_db=_signal_to_noise_db(job, client),
+        refusal=_refusal(job, client, state),
+    )
 
 
-def _one_pixel(promise: Promise, delta: Decimal) -> dict[str, Any] | None:
-    """What the paper's first version says: of one pixel, the image being the same elsewhere. No promise of an image."""
+def _one_pixel(promise: Promise, delta: Decimal) -> OnePixel | None:
+    """What the paper's first version says: of one pixel, the image being the same elsewhere."""
     if promise.pixel_mu is None:
         return None
-    return {
-        "unit": "pixel",
-        "mu": promise.pixel_mu,
-        "epsilon": accountant.epsilon_of(promise.pixel_mu, float(delta)),
-        "paperEpsilon": accountant.paper_epsilon(promise.pixel_mu, float(delta)),
-    }
+    return OnePixel(
+        mu=promise.pixel_mu,
+        epsilon=accountant.epsilon_of(promise.pixel_mu, float(delta)),
+        paper_epsilon=accountant.paper_epsilon(promise.pixel_mu, float(delta)),
+    )
 
 
-def budget_document(state: LedgerState, further: tuple[Charge, ...]) -> dict[str, Any]:
-    """The account as JSON: ε at the budget's δ, of everything that counts and of `further` charges."""
-    charges = (*state.account.charges, *further)
-    return {
-        "spentEpsilon": accountant.spent_epsilon(charges, state.budget.delta),
-        "remainingEpsilon": ledger.remaining_epsilon(state.budget, charges),
-        "remainingPureEpsilon": str(ledger.remaining_pure_epsilon(state.budget, charges)),
-        "limitEpsilon": str(state.budget.epsilon),
-        "delta": decimal_text(state.budget.delta),
-    }
+def budget_of(state: LedgerState, *further: Charge) -> Budget:
+    """The account at the budget's δ, of everything that counts and of `further` charges; nothing is left while the
+    ledger contradicts itself."""
+    budget, charges = state.budget, (*state.account.charges, *further)
+    agrees = not ledger.inconsistency(state.account, state.entries)
+    return Budget(
+        spent_epsilon=accountant.spent_epsilon(charges, budget.delta),
+        remaining_epsilon=ledger.remaining_epsilon(budget, charges) if agrees else 0.0,
+        remaining_pure_epsilon=ledger.remaining_pure_epsilon(budget, charges) if agrees else Decimal(0),
+        limit_epsilon=budget.epsilon,
+        limit_pure_epsilon=budget.pure_epsilon,
+        delta=budget.delta,
+    )
 
 
 def _signal_to_noise_db(job: LocalJob, client: str) -> float:
@@ -97,43 +163,88 @@ def _refusal(job: LocalJob, client: str, state: LedgerState) -> str:
     return answer.message if isinstance(answer, ledger.Refusal) else ""
 
 
-def plan_document(job: LocalJob, clients: Sequence[ClientPlan]) -> dict[str, Any]:
+# ---- The same as JSON ------------------------------------------------------------------------------------------
+
+
+def plan_document(report: PlanReport) -> dict[str, Any]:
     """The JSON form of the whole answer."""
+    metadata = report.job.document.metadata
     return {
-        "job": {"namespace": job.document.metadata.namespace, "name": job.document.metadata.name},
-        "clients": [each.document for each in clients],
-        "refusals": {each.client: each.refusal for each in clients if each.refusal},
-        "notCovered": list(NOT_COVERED),
+        "job": {"namespace": metadata.namespace, "name": metadata.name},
+        "clients": [_client_document(each) for each in report.clients],
+        "refusals": dict(report.refusals),
+        "notCovered": list(report.not_covered),
     }
 
 
-def print_plan(job: LocalJob, clients: Sequence[ClientPlan], console: Console) -> None:
-    """The same for people."""
-    console.print(
-        f"Job {job.document.metadata.name}: one release from each of {len(clients)} owners\n", highlight=False
-    )
-    console.print(_promise_table(job, clients[0].document))
-    console.print(_budget_table(job, clients))
+def _client_document(each: ClientPlan) -> dict[str, Any]:
+    return {
+        "client": each.client,
+        "mechanism": each.mechanism.value,
+        "unit": each.unit,
+        "epsilon": str(each.epsilon),
+        "delta": decimal_text(each.delta),
+        "mu": each.mu,
+        "paperEpsilon": each.paper_epsilon,
+        "onePixel": _one_pixel_document(each.one_pixel),
+        "attackAuc": each.attack_auc,
+        "attackTprAt1PercentFpr": each.attack_tpr,
+        "releases": each.releases,
+        "split": {"step": each.split_step, "sigma": each.split_sigma},
+        "budgetBefore": budget_document(each.budget_before),
+        "budgetAfter": budget_document(each.budget_after),
+        "signalToNoiseDb": each.signal_to_noise_db,
+    }
+
+
+def _one_pixel_document(pixel: OnePixel | None) -> dict[str, Any] | None:
+    if pixel is None:
+        return None
+    return {"unit": "pixel", "mu": pixel.mu, "epsilon": pixel.epsilon, "paperEpsilon": pixel.paper_epsilon}
+
+
+def budget_document(budget: Budget) -> dict[str, Any]:
+    """The account as JSON."""
+    return {
+        "spentEpsilon": budget.spent_epsilon,
+        "remainingEpsilon": budget.remaining_epsilon,
+        "remainingPureEpsilon": str(budget.remaining_pure_epsilon),
+        "limitEpsilon": str(budget.limit_epsilon),
+        "delta": decimal_text(budget.delta),
+    }
+
+
+# ---- The same for people ---------------------------------------------------------------------------------------
+
+
+def print_plan(report: PlanReport, console: Console) -> None:
+    console.print(f"{_title(report)}\n", highlight=False)
+    promise = Table(show_header=False, box=None, pad_edge=False)
+    for row in _promise_rows(report):
+        promise.add_row(*row)
+    console.print(promise)
+    console.print(_budget_table(report))
     console.print("\nNot covered by the promise:", highlight=False)
-    for each in NOT_COVERED:
+    for each in report.not_covered:
         console.print(f"  - {each}", highlight=False, markup=False)
 
 
-def _promise_table(job: LocalJob, shown: dict[str, Any]) -> Table:
-    spec, promise = job.document.spec, job.promise
-    per = f"per {shown['unit']}, δ = {shown['delta']}, 1 release"
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("mechanism", shown["mechanism"])
-    table.add_row("promise", f"ε = {shown['epsilon']} {per} ({_kind(promise)})")
-    if promise.mu is not None:
-        table.add_row("paper's formula", f"ε = {shown['paperEpsilon']:.4f} {per} (valid, not tight)")
-    if promise.mechanism is Mechanism.GAUSSIAN:
-        table.add_row("clip", _clip_in_words(job))
-        table.add_row("one pixel", _one_pixel_in_words(job, shown))
-    found = shown["attackTprAt1PercentFpr"]
-    table.add_row("best attack", f"AUC {shown['attackAuc']:.4f}; {found:.1%} found at 1 % false alarms")
-    table.add_row("split", f"step {promise.split_step} of {spec.diffusion.steps}, σ = {promise.split_sigma:.4g}")
-    return table
+def _title(report: PlanReport) -> str:
+    return f"Job {report.job.document.metadata.name}: one release from each of {len(report.clients)} owners"
+
+
+def _promise_rows(report: PlanReport) -> list[tuple[str, str]]:
+    """What is promised to every client alike, by its name."""
+    job, shown = report.job, report.clients[0]
+    per = f"per {shown.unit}, δ = {decimal_text(shown.delta)}, 1 release"
+    rows = [("mechanism", shown.mechanism.value), ("promise", f"ε = {shown.epsilon} {per} ({_kind(job.promise)})")]
+    if shown.paper_epsilon is not None:
+        rows.append(("paper's formula", f"ε = {shown.paper_epsilon:.4f} {per} (valid, not tight)"))
+    if shown.one_pixel is not None:
+        rows += [("clip", _clip_in_words(job)), ("one pixel", _one_pixel_in_words(job, shown, shown.one_pixel))]
+    attack = f"AUC {shown.attack_auc:.4f}; {shown.attack_tpr:.1%} found at 1 % false alarms"
+    split = f"step {shown.split_step} of {job.document.spec.diffusion.steps}, σ = {shown.split_sigma:.4g}"
+    return [*rows, ("best attack", attack), ("split", split)]
 
 
 def _clip_in_words(job: LocalJob) -> str:
@@ -144,12 +255,13 @@ def _clip_in_words(job: LocalJob) -> str:
     return f"none: no image of {image.dimensions} values in {units} is longer than {privacy.clip_norm}"
 
 
-def _one_pixel_in_words(job: LocalJob, shown: dict[str, Any]) -> str:
+def _one_pixel_in_words(job: LocalJob, shown: ClientPlan, pixel: OnePixel) -> str:
     """The image's own ε first: one without the other never stands on a line."""
-    pixel, dimensions = shown["onePixel"], job.first_dataset.document.spec.image.dimensions
+    dimensions = job.first_dataset.document.spec.image.dimensions
     return (
-        f"ε = {shown['epsilon']} per {shown['unit']} is ε = {pixel['epsilon']:.4f} per pixel (paper's formula:"
-        f" {pixel['paperEpsilon']:.4f}), δ = {shown['delta']}, 1 release: one of {dimensions} values, the others known"
+        f"ε = {shown.epsilon} per {shown.unit} is ε = {pixel.epsilon:.4f} per pixel (paper's formula:"
+        f" {pixel.paper_epsilon:.4f}), δ = {decimal_text(shown.delta)}, 1 release: one of {dimensions} values, the"
+        " others known"
     )
 
 
@@ -157,29 +269,42 @@ def _kind(promise: Promise) -> str:
     return "pure ε" if promise.mu is None else f"μ = {promise.mu:.4f}"
 
 
-def _budget_table(job: LocalJob, clients: Sequence[ClientPlan]) -> Table:
-    unit = job.document.spec.privacy.unit
-    title = f"Budgets: ε per {unit} of all releases of a dataset, this one included"
-    table = Table(title=title, title_justify="left", title_style="")
-    left = "ε left" if job.promise.mu is not None else "pure ε left"
-    columns = ("client", "dataset", "ε before", "ε after", "ε budget", left, "δ", "releases", "signal dB")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("client", "dataset") else "right")
-    for each in clients:
-        before, after = each.document["budgetBefore"], each.document["budgetAfter"]
-        table.add_row(
+def _budget_columns(report: PlanReport) -> tuple[str, ...]:
+    left = "pure ε left" if report.job.promise.mu is None else "ε left"
+    return ("client", "dataset", "ε before", "ε after", "ε budget", left, "δ", "releases", "signal dB")
+
+
+def _budget_title(report: PlanReport) -> str:
+    return f"Budgets: ε per {report.clients[0].unit} of all releases of a dataset, this one included"
+
+
+def _budget_rows(report: PlanReport) -> list[tuple[str, ...]]:
+    """A row per client, under the columns."""
+    pure = report.job.promise.mu is None
+    return [
+        (
             each.client,
             each.dataset,
-            f"{before['spentEpsilon']:.4f}",
-            f"{after['spentEpsilon']:.4f}" + (" (!)" if each.refusal else ""),
-            after["limitEpsilon"],
-            ledger.epsilon_left(after["remainingEpsilon"])
-            if job.promise.mu is not None
-            else after["remainingPureEpsilon"],
-            after["delta"],
-            str(each.document["releases"]),
-            f"{each.document['signalToNoiseDb']:.1f}",
+            f"{each.budget_before.spent_epsilon:.4f}",
+            f"{each.budget_after.spent_epsilon:.4f}" + (" (!)" if each.refusal else ""),
+            str(each.budget_after.limit_epsilon),
+            str(each.budget_after.remaining_pure_epsilon)
+            if pure
+            else ledger.epsilon_left(each.budget_after.remaining_epsilon),
+            decimal_text(each.budget_after.delta),
+            str(each.releases),
+            f"{each.signal_to_noise_db:.1f}",
         )
+        for each in report.clients
+    ]
+
+
+def _budget_table(report: PlanReport) -> Table:
+    table = Table(title=_budget_title(report), title_justify="left", title_style="")
+    for column in _budget_columns(report):
+        table.add_column(column, justify="left" if column in ("client", "dataset") else "right")
+    for row in _budget_rows(report):
+        table.add_row(*row)
     return table
 
 

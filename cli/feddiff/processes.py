@@ -9,12 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import psutil
@@ -165,14 +167,16 @@ class StartProcess:
     ) -> Attempt:
         (folder / "exits").mkdir(exist_ok=True)
         with (folder / "stderr.log").open("ab") as stderr, (folder / "stdout.log").open("ab") as stdout:
+            command = self.command(spec, folder / "spec.json")
+            alone = threading.active_count() == 1
             process = subprocess.Popen(
-                self.command(spec, folder / "spec.json"),
+                command if alone else dying_with_its_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
                 env=os.environ | stage_environment(folder, threads),
                 process_group=0,  # Ctrl-C in the terminal reaches the engine alone, which then asks its stages
-                preexec_fn=_ask_to_stop_when_the_engine_dies,
+                preexec_fn=_ask_to_stop_when_the_engine_dies if alone else None,
             )
         return StageProcess(key, attempt, folder, slots, now, process)
 
@@ -181,6 +185,26 @@ def stage_environment(folder: Path, threads: int) -> dict[str, str]:
     """What a stage's process is told beside its spec."""
     places = {RECEIPT_VARIABLE: str(folder / "receipt.json"), EXITS_VARIABLE: str(folder / "exits")}
     return places | dict.fromkeys(THREAD_VARIABLES, str(threads))
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Counts Ctrl-C and SIGTERM instead of dying of them: stages save their work first. Only a main thread can."""
+    received: list[int] = []
+
+    def receive(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            print("feddiff: stopping; stages save their work (again: at once)", file=sys.stderr)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    before = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield lambda: len(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_orphans(stages: Path, grace_seconds: float, sleep: Callable[[float], None] = time.sleep) -> int:
@@ -228,11 +252,20 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
 
 
 def _ask_to_stop_when_the_engine_dies() -> None:
-    """Runs in the child before it becomes the stage; the engine has no threads, so this is safe."""
+    """Runs in the child before it becomes the stage; safe where the engine's process has no other thread."""
     if _LIBC is not None:
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def dying_with_its_parent(command: list[str]) -> list[str]:
+    """The same from a process with threads, a notebook's or a Ray task, after whose fork only an exec is safe."""
+    return [sys.executable, "-c", DIES_WITH_ITS_PARENT, str(os.getpid()), *command] if _LIBC is not None else command
+
+
+DIES_WITH_ITS_PARENT = (
+    f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {signal.SIGTERM.value}); "
+    "os.getppid() == int(sys.argv[1]) and os.execvp(sys.argv[2], sys.argv[2:])"
+)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 

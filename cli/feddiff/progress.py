@@ -31,6 +31,13 @@ def display(as_json: bool) -> Display:
     return Bars() if sys.stderr.isatty() else Lines(_text_logger())
 
 
+def silence() -> Display:
+    """Shows nothing."""
+    import structlog
+
+    return Lines(structlog.wrap_logger(structlog.ReturnLogger(), processors=[]))
+
+
 def json_logger() -> Any:
     """Writes one JSON object per event on stdout."""
     import structlog

@@ -22,7 +22,7 @@ from feddiff_protocol.errors import ConfigurationInvalid, Interrupted, UsageInva
 from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import AnyStageSpec, Stage
 
-from .processes import INTERRUPTED, Attempt, StageCommand, num_processes, stage_environment
+from .processes import INTERRUPTED, Attempt, StageCommand, dying_with_its_parent, num_processes, stage_environment
 from .run_folder import replace_file
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
@@ -38,11 +38,6 @@ LOST = 128 + signal.SIGKILL
 LOOK_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # for the other ranks to end once one has failed
 OBJECT_STORE_BYTES = 80 << 20  # about the least that Ray starts with
-# Set in the process that becomes the stage: a task runs beside threads, after which only an exec is safe.
-DIES_WITH_ITS_TASK = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
-    "os.getppid() == int(sys.argv[1]) and os.execvp(sys.argv[2], sys.argv[2:])"
-)
 
 
 # ---- A cluster ---------------------------------------------------------------------------------------------------
@@ -191,7 +186,7 @@ def _rank(rank: int, num_ranks: int, folder: Path, command: list[str], told: Map
         environment |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(num_ranks)} | place
     with (folder / "stderr.log").open("ab") as stderr, (folder / "stdout.log").open("ab") as stdout:
         process = subprocess.Popen(
-            [sys.executable, "-c", DIES_WITH_ITS_TASK, str(os.getpid()), *command],
+            dying_with_its_parent(command),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,

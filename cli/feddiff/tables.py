@@ -1,6 +1,7 @@
-"""Tables and lines on a console: of words that others wrote, nothing steers the terminal."""
+"""Tables and lines, on a console and in a notebook: of words that others wrote, nothing steers terminal or page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 
 from rich.console import Console
 from rich.table import Table
@@ -30,3 +31,23 @@ def say(console: Console, line: str) -> None:
 def printable(text: str) -> str:
     """Without characters that could steer a terminal: other people wrote some of these words."""
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+# ---- In a notebook ---------------------------------------------------------------------------------------------
+
+
+def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table below its title; without columns the first cell of every row is the row's head."""
+    head = f"<thead><tr>{''.join(f'<th>{escape(each)}</th>' for each in columns)}</tr></thead>" if columns else ""
+    first = "td" if columns else "th"
+    body = "".join(
+        f"<tr><{first}>{escape(name)}</{first}>{''.join(f'<td>{escape(each)}</td>' for each in cells)}</tr>"
+        for name, *cells in rows
+    )
+    return f"<table><caption>{escape(title)}</caption>{head}<tbody>{body}</tbody></table>"
+
+
+def html_list(title: str, lines: Sequence[str]) -> str:
+    """An HTML list below its title; nothing where there are no lines."""
+    items = "".join(f"<li>{escape(each)}</li>" for each in lines)
+    return f"<p>{escape(title)}</p><ul>{items}</ul>" if items else ""

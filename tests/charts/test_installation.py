@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.documents import RELEASE, changed
 from cluster.kubernetes import CommandFailed, ControlPlane
 
 ROOT = Path(__file__).parents[2]
@@ -94,21 +95,7 @@ def may(cluster: ControlPlane, verb: str, group: str, resource: str, place: str)
 
 def ledger() -> str:
     """One entry of a ledger."""
-    spec = {
-        "dataset": {"name": "scans", "uid": "1-2-3"},
-        "job": {"namespace": "research", "name": "digits", "uid": "4-5-6"},
-        "client": "a",
-        "mechanism": "summary",
-        "unit": "image",
-        "epsilon": "10",
-        "delta": "1e-5",
-        "charge": {"muSquared": "3.5", "pureEpsilon": "0"},
-        "reservedAt": "2026-01-01T00:00:00Z",
-    }
-    metadata = {"name": "prl-1", "namespace": "clinic-a"}
-    return json.dumps(
-        {"apiVersion": "feddiff.dev/v1alpha1", "kind": "PrivacyRelease", "metadata": metadata, "spec": spec}
-    )
+    return json.dumps(changed(RELEASE, "metadata", {"name": "prl-1", "namespace": "clinic-a"}))
 
 
 def policies_hold(cluster: ControlPlane) -> bool:

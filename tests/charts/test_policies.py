@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.documents import RELEASE, changed
 from cluster.kubernetes import PROGRAMS, CommandFailed, ControlPlane
 
 ROOT = Path(__file__).parents[2]
@@ -148,19 +149,7 @@ def dataset(name: str = "scans", store: str = "", federation: str = "", images: 
 
 
 def entry(name: str) -> Object:
-    spec = {
-        "dataset": {"name": "scans", "uid": "1-2-3"},
-        "job": {"namespace": "research", "name": "digits", "uid": "4-5-6"},
-        "client": "a",
-        "mechanism": "summary",
-        "unit": "image",
-        "epsilon": "10",
-        "delta": "1e-5",
-        "charge": {"muSquared": "3.5", "pureEpsilon": "0"},
-        "reservedAt": "2026-01-01T00:00:00Z",
-    }
-    metadata = {"name": name, "namespace": "clinic-a"}
-    return {"apiVersion": API, "kind": "PrivacyRelease", "metadata": metadata, "spec": spec}
+    return changed(RELEASE, "metadata", {"name": name, "namespace": "clinic-a"})
 
 
 def stage_job(image: str = "localhost/feddiff-trainer:0.1.0", **pod: Any) -> Object:

@@ -4,7 +4,7 @@ from typing import Any
 
 from feddiff.engine import Setting, run_job
 from feddiff.run_folder import RunFolder
-from feddiff.views import report_paths
+from feddiff.views import report_of
 from feddiff_protocol import layout
 from feddiff_protocol.manifest import Manifest
 
@@ -26,10 +26,10 @@ def test_a_job_of_pure_epsilon_runs_to_its_reports_and_is_charged_once(world: An
     for _ in range(2):  # the second time there is nothing to do
         outcome = run_job(job, folder, Setting(Quiet(), num_processes=2))
         assert (outcome.exit_code, outcome.message) == (0, "")
-    job_report, owner_reports = report_paths(folder)
-    assert "ε = 4 per image, δ = 0, k = 1 release per owner" in job_report.read_text()
-    assert ", pure 2" in job_report.read_text()  # of 6
-    assert "by the mechanism privunit" in owner_reports["a"].read_text()
+    report = report_of(folder)
+    assert "ε = 4 per image, δ = 0, k = 1 release per owner" in report.job_report.read_text()
+    assert ", pure 2" in report.job_report.read_text()  # of 6
+    assert "by the mechanism privunit" in report.owners["a"].page.read_text()
     state = world.ledger("a")
     assert [str(each.charge.pure_epsilon) for each in state.entries] == ["4"]
     assert (state.spent_epsilon, state.entries[0].delta) == (4, 0)

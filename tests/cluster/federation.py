@@ -320,7 +320,8 @@ def owner_file(file: Path, owner: str, spec: Object, *argv: str) -> Path:
     for document in documents:
         if document["kind"] == "PrivateDataset":
             document["spec"] |= spec
-    file.write_text(yaml.safe_dump_all(documents, sort_keys=False))
+    texts = (json.dumps(each, indent=1) for each in documents)  # with quotes: bare, 1e-5 is a number to kubectl
+    file.write_text("".join(f"---\n{text}\n" for text in texts))
     return file
 
 

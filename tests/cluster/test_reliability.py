@@ -4,6 +4,7 @@ import pytest
 
 from cluster.chaos import FAULTS, RELEASE_A, Outcome
 from cluster.evidence import Evidence
+from cluster.federation import ROOT
 from cluster.reliability import page
 
 NOTHING = Evidence("", {}, [], {}, {}, [], [])
@@ -16,6 +17,10 @@ def faults_of(text: str) -> list[str]:
     missing = [f"no row of {name}" for name in expected if name not in [row[0] for row in rows]]
     unknown = [f"a row of {row[0]}" for row in rows if row[0] not in expected]
     return [*missing, *unknown, *(f"{row[0]}: {row[-1]}" for row in rows if row[-1] != "well")]
+
+
+def test_the_page_has_every_fault_and_all_went_well() -> None:
+    assert faults_of((ROOT / "docs/reliability.md").read_text()) == []
 
 
 def outcome(number: int, *wrongs: str) -> Outcome:

@@ -9,66 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.documents import DATASET, MISSING, PRIVUNIT, SUMMARY, changed
 from cluster.kubernetes import ControlPlane
 from feddiff_protocol.api import DeadlinesSpec, FederatedDiffusionJob, PrivateDataset, parse_document
 from feddiff_protocol.errors import SpecInvalid
 from feddiff_protocol.stages import Stage
 
-DATASET: dict[str, Any] = {
-    "apiVersion": "feddiff.dev/v1alpha1",
-    "kind": "PrivateDataset",
-    "metadata": {"name": "scans", "namespace": "clinic-a"},
-    "spec": {
-        "source": {"format": "npz", "path": "train.npz"},
-        "image": {"channels": 1, "height": 8, "width": 8},
-        "classes": {"count": 2, "records": [30, 40], "names": ["healthy", "ill"]},
-        "budget": {"epsilon": "20", "delta": "1e-5", "unit": "image", "pureEpsilon": "0"},
-        "access": [{"namespace": "research", "maxEpsilon": "10"}],
-    },
-}
-JOB: dict[str, Any] = {
-    "apiVersion": "feddiff.dev/v1alpha1",
-    "kind": "FederatedDiffusionJob",
-    "metadata": {"name": "digits", "namespace": "research"},
-    "spec": {
-        "clients": [
-            {"name": "a", "dataset": {"namespace": "clinic-a", "name": "scans"}},
-            {"name": "b", "dataset": {"namespace": "clinic-b", "name": "scans"}},
-        ],
-        "quorum": 1,
-        "privacy": {
-            "mechanism": "summary",
-            "epsilon": "10",
-            "delta": "1e-5",
-            "clipNorm": "4.25",
-            "momentClipNorm": "2.5",
-        },
-        "diffusion": {"steps": 1000, "betaStart": "1e-4", "betaEnd": "0.02", "splitSigma": "0.25"},
-        "shared": {"images": 100000, "batch": 256, "replicas": 2},
-        "personal": {"images": 100000, "batch": 256},
-        "sampling": {"imagesPerClass": 100, "steps": 20},
-    },
-}
-
-
-PRIVUNIT: dict[str, Any] = {
-    **JOB,
-    "spec": {**JOB["spec"], "privacy": {"mechanism": "privunit", "epsilon": "2", "clipNorm": "4.25"}},
-}
-
-
-def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy with `value` at a dotted path; None removes what is there."""
-    result = copy.deepcopy(document)
-    *parents, last = path.split(".")
-    place = result
-    for name in parents:
-        place = place[int(name)] if isinstance(place, list) else place[name]
-    if value is None:
-        del place[last]
-    else:
-        place[last] = value
-    return result
+JOB = SUMMARY
 
 
 def test_valid_documents_keep_every_number() -> None:
@@ -89,22 +36,22 @@ def test_valid_documents_keep_every_number() -> None:
         (JOB, "spec.privacy.epsilon", "ten", "expected a decimal number like"),
         (JOB, "spec.privacy.epsilon", "0", "greater than 0"),
         (JOB, "spec.privacy.epsilon", "NaN", "expected a decimal number like"),
-        (JOB, "spec.privacy.epsilon", None, "spec.privacy.epsilon: expected a value, found none; add it"),
-        (JOB, "spec.privacy.mechanism", None, "spec.privacy.mechanism: expected a value"),
+        (JOB, "spec.privacy.epsilon", MISSING, "spec.privacy.epsilon: expected a value, found none; add it"),
+        (JOB, "spec.privacy.mechanism", MISSING, "spec.privacy.mechanism: expected a value"),
         (JOB, "spec.privacy.epsilom", "10", "spec.privacy.epsilom: unknown field"),
         (JOB, "spec.privacy.delta", "1", "less than 1"),
-        (JOB, "spec.privacy.delta", None, 'delta: mechanism summary needs one above 0, found none; "1e-5" is usual'),
+        (JOB, "spec.privacy.delta", MISSING, 'delta: mechanism summary needs one above 0, found none; "1e-5" is usual'),
         (JOB, "spec.privacy.delta", "0", "delta: mechanism summary needs one above 0, found 0"),
         (PRIVUNIT, "spec.privacy.delta", "1e-5", "delta: mechanism privunit promises pure ε, so δ is 0, found 0.00001"),
         (PRIVUNIT, "spec.privacy.epsilon", "0.0009", "epsilon: expected 0.001 to 100 with mechanism privunit"),
         (PRIVUNIT, "spec.privacy.epsilon", "100.001", "epsilon: expected 0.001 to 100 with mechanism privunit"),
         (PRIVUNIT, "spec.privacy.meanShare", "0.5", "meanShare: belongs to mechanism summary, found privunit"),
         (PRIVUNIT, "spec.privacy.pixels", "zeroToOne", "pixels: belongs to mechanism gaussian, found privunit"),
-        (PRIVUNIT, "spec.diffusion.splitSigma", None, "splitSigma: mechanism privunit needs it"),
+        (PRIVUNIT, "spec.diffusion.splitSigma", MISSING, "splitSigma: mechanism privunit needs it"),
         (PRIVUNIT, "spec.diffusion.timeline", "continued", "timeline: belongs to mechanism gaussian, found privunit"),
-        (JOB, "spec.privacy.momentClipNorm", None, "momentClipNorm: mechanism summary needs it"),
+        (JOB, "spec.privacy.momentClipNorm", MISSING, "momentClipNorm: mechanism summary needs it"),
         (JOB, "spec.privacy.pixels", "zeroToOne", "pixels: belongs to mechanism gaussian"),
-        (JOB, "spec.diffusion.splitSigma", None, "splitSigma: mechanism summary needs it"),
+        (JOB, "spec.diffusion.splitSigma", MISSING, "splitSigma: mechanism summary needs it"),
         (JOB, "spec.clients", [JOB["spec"]["clients"][0]] * 2, "distinct names, found a twice"),
         (JOB, "spec.quorum", 3, "quorum: expected at most the number of clients, 2, found 3"),
         (JOB, "spec.shared.batch", 255, "multiple of replicas × processesPerReplica = 2, found 255"),

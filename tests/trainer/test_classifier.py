@@ -5,13 +5,7 @@ from sklearn.datasets import load_digits
 
 from feddiff_trainer.classifier import NUM_FEATURES, Classifier, train_classifier
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

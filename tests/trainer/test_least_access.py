@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from botocore.exceptions import ClientError
 
 from cluster.weed import Weed
@@ -27,6 +26,8 @@ from feddiff_protocol.stages import (
     TrainSharedSpec,
 )
 from feddiff_trainer import evaluate, release, report, sample, train_personal, train_shared
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 UID = "3f2504e0-4f89-41d3-9a0c-0305e82c3301"
 CLIENTS = ("client-1", "client-10")
@@ -56,14 +57,6 @@ def identities() -> dict[str, list[str]]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
     with Weed(tmp_path_factory.mktemp("s3"), identities(), ["federation", "owners"]) as server:
         yield server
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- A whole job -------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.spatial
-import torch
 from sklearn.datasets import load_digits
 
 from feddiff_trainer.classifier import train_classifier
@@ -26,13 +25,7 @@ from feddiff_trainer.metrics import (
     two_sample_accuracy,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(seed: int, num_rows: int, num_columns: int = 4) -> np.ndarray:

@@ -50,6 +50,8 @@ from feddiff_trainer.telemetry import telling
 from feddiff_trainer.train_shared import network_config, owners_of, pool_of, releases_of
 from feddiff_trainer.training import BatchLoss, World
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UID = "uid-00000001"
 COUNTS = {"a": (120, 30), "b": (30, 120)}
 SUMMARY = {"mechanism": "summary", "clipNorm": "4", "momentClipNorm": "2"}, {"splitSigma": "0.25"}
@@ -63,14 +65,6 @@ JOBS = {
 }
 TRAINED = [job for job in JOBS if job != "closedForm"]
 STEPS, BATCH = 60, 32
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _moment_sums(spec: ReleaseSpec, promise: Promise) -> Part:
     farthest = 1.0 if centre <= 0.5 else 0.0
     image = _image_of(2 * (clip_norm / (farthest - centre)) ** 2, spec.image)
     map_DD = frequency_map(spec.privacy, image)
-    if map_DD is None or centre in (0, 1):
+    if map_DD is None or centre in (0, 1):  # no wave has room about black: halves, as mapped not quite orthogonal
         apart = [(farthest - centre) * half_D for half_D in _halves(image.dimensions)]
     else:
         apart = [min(centre, 1 - centre) * wave_D for wave_D in finest_waves(image)]

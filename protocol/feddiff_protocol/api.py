@@ -450,8 +450,8 @@ _FIELDS_OF_ONE = {
 
 
 class PrivacySpec(Wire):
-    """One promise: (epsilon, delta) per unit, by a mechanism that has to be named. Clip norms, centre, frequency power and
-    variance guess are constants chosen without looking at the data. Nothing here can change."""
+    """One promise: (epsilon, delta) per unit, by a mechanism that has to be named. Clip norms, centre, frequency
+    power and variance guess are constants chosen without looking at the data. Nothing here can change."""
 
     model_config = _rules(
         ("(self.mechanism == 'summary') == has(self.momentClipNorm)", "momentClipNorm goes with mechanism summary"),

@@ -1,9 +1,11 @@
 """Training speed of our U-Net beside diffusers' UNet2DModel at equal parameters, precision and batch, in one run.
 
     pip install diffusers && python benchmarks/unet_speed.py [--size 28] [--base-width 32] [--batch 128] [--steps 20]
+    python benchmarks/unet_speed.py --preset base
 
 Both are class-conditional, take the same loss and the same optimizer, and are timed in turn, run after run. diffusers'
-widths are chosen so that its number of parameters comes within 5 % of ours. One JSON row per network.
+widths are chosen so that its number of parameters comes within 5 % of ours; with --preset both backbones have that
+preset's widths, at its resolution. One JSON row per network.
 """
 
 import argparse
@@ -18,10 +20,13 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from feddiff_protocol.api import ImageSpec, NetworkSpec
 from feddiff_trainer.denoising import denoising_loss, log_normal_sigmas
 from feddiff_trainer.network import Denoiser, NetworkConfig, per_image, preconditioning
+from feddiff_trainer.train_shared import network_config
 
 CLASSES = 10
+MADE_FOR = {"tiny": (1, 8), "small": (1, 28), "base": (3, 32), "large": (3, 64)}  # channels, size
 
 
 class DiffusersDenoiser(nn.Module):
@@ -66,10 +71,24 @@ def of_equal_size(size: int, wanted: int) -> DiffusersDenoiser:
     return DiffusersDenoiser(size, widths)
 
 
-def step_of(model: nn.Module, size: int, batch: int, device: torch.device) -> Callable[[], None]:
+def of_preset(preset: str) -> dict[str, nn.Module]:
+    """Both backbones."""
+    channels, size = MADE_FOR[preset]
+    image = ImageSpec(channels=channels, height=size, width=size)
+    specs = {"feddiff": NetworkSpec(preset=preset), "diffusers": NetworkSpec(preset=preset, backbone="diffusers")}
+    return {name: Denoiser(network_config(spec, image, CLASSES, 0.5)) for name, spec in specs.items()}
+
+
+def of_size(size: int, base_width: int) -> dict[str, nn.Module]:
+    """Ours and one of diffusers with as many parameters, for grey images."""
+    ours = Denoiser(NetworkConfig(1, size, size, CLASSES, base_width=base_width))
+    return {"feddiff": ours, "diffusers": of_equal_size(size, num_parameters(ours))}
+
+
+def step_of(model: nn.Module, channels: int, size: int, batch: int, device: torch.device) -> Callable[[], None]:
     """One step of training on random images; equal for both networks."""
     generator = torch.Generator(device).manual_seed(0)
-    x0 = torch.rand(batch, 1, size, size, generator=generator, device=device) * 2 - 1
+    x0 = torch.rand(batch, channels, size, size, generator=generator, device=device) * 2 - 1
     label = torch.randint(CLASSES, (batch,), generator=generator, device=device)
     flag = torch.zeros_like(label)
     adam = torch.optim.Adam(model.parameters(), fused=True)
@@ -97,6 +116,7 @@ def seconds_of(step: Callable[[], None], steps: int, device: torch.device) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=MADE_FOR)
     parser.add_argument("--size", type=int, default=28)
     parser.add_argument("--base-width", type=int, default=32)
     parser.add_argument("--batch", type=int, default=128)
@@ -106,18 +126,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ours = Denoiser(NetworkConfig(1, args.size, args.size, CLASSES, base_width=args.base_width)).to(device)
-    theirs = of_equal_size(args.size, num_parameters(ours)).to(device)
-    models = {"feddiff": ours, "diffusers": theirs}
-    steps = {name: step_of(model, args.size, args.batch, device) for name, model in models.items()}
+    channels, size = MADE_FOR[args.preset] if args.preset else (1, args.size)
+    models = of_preset(args.preset) if args.preset else of_size(size, args.base_width)
+    steps = {name: step_of(model.to(device), channels, size, args.batch, device) for name, model in models.items()}
     for step in steps.values():
         step()  # warm-up
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.runs):
         for name, step in steps.items():
             speeds[name].append(args.steps * args.batch / seconds_of(step, args.steps, device))
-    settings = {
-        "size": args.size,
+    settings = ({"preset": args.preset} if args.preset else {}) | {
+        "channels": channels,
+        "size": size,
         "batch": args.batch,
         "threads": args.threads,
         "precision": "bf16" if device.type == "cuda" else "float32",

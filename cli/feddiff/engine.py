@@ -11,11 +11,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_DOWN, Decimal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from feddiff_protocol.api import PrivateDataset
-from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, Interrupted, UsageInvalid
+from feddiff_protocol.errors import (
+    FINAL_EXIT_CODES,
+    RETRIED_EXIT_CODES,
+    ConfigurationInvalid,
+    Interrupted,
+    UsageInvalid,
+)
 from feddiff_protocol.layout import release_name
 from feddiff_protocol.plan import (
     OWNER_STAGES,
@@ -124,7 +131,13 @@ class Outcome:
 
 
 def run_job(job: LocalJob, folder: RunFolder, setting: Setting) -> Outcome:
-    """The job carried on from wherever it stands. Raises Interrupted when it was stopped on request."""
+    """The job carried on from wherever it stands. Raises Interrupted when it was stopped on request, and
+    ConfigurationInvalid, before anything is charged, where its network cannot be built."""
+    if job.document.spec.network.backbone == "diffusers" and find_spec("diffusers") is None:
+        raise ConfigurationInvalid(
+            "spec.network.backbone: diffusers needs the package diffusers, found none; install it, pip install"
+            " 'feddiff[diffusers]', or use unet"
+        )
     with folder.locked():
         uid = folder.begin(job)
         ledgers = {client: LocalLedger(dataset) for client, dataset in job.datasets.items()}

@@ -586,34 +586,70 @@ def audit(
 
 
 class Exported(StrEnum):
-    """What an owner may pass on of its own."""
+    """What may be passed on: an owner's own, or what is everybody's."""
 
     DENOISER = "denoiser"
     SAMPLES = "samples"
+    SHARED = "shared"
 
 
-@app.command(short_help="For a data owner: pass on a personal denoiser or its samples.")
+@app.command(short_help="Pass on the shared denoiser, or as a data owner one's own.")
 def export(
-    what: Annotated[Exported, typer.Argument(metavar="WHAT", help="denoiser or samples.")],
+    what: Annotated[Exported, typer.Argument(metavar="WHAT", help="shared, denoiser or samples.")],
     folder: RunDir,
-    client: Annotated[str, typer.Option(metavar="NAME", help="The owner whose it is.")],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="A new .safetensors (denoiser) or .npz (samples) file.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="PATH", help="A new folder (shared), .safetensors (denoiser) or .npz file (samples)."),
+    ],
+    client: Annotated[
+        str | None, typer.Option(metavar="NAME", help="denoiser, samples: the owner whose it is.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="shared: the weights' licence, for the model card.")
+    ] = None,
     override: Annotated[
         str | None, typer.Option(metavar="REASON", help="Although the audit speaks against it; put on record.")
     ] = None,
 ) -> None:
-    """For a data owner: copy a personal denoiser or its samples out of the owner's store, to pass them on.
+    """Pass on the shared denoiser, or as a data owner one's own denoiser or samples.
 
-    They are not private, no promise covers them. Refused (77) unless their audit passed or --override says why not.
+    shared: a folder that loads without feddiff, as a diffusers pipeline with a model card. It is made of the releases
+    alone, so their promise covers it. denoiser, samples: copied out of the owner's store. They are not private, no
+    promise covers them; refused (77) unless their audit passed or --override says why not.
     """
     from .owner_stages import export_result
     from .run_folder import RunFolder
 
+    if what is Exported.SHARED:
+        _refuse_given({"--client": client, "--override": override}, "denoiser or samples")
+        _export_shared(folder, out, licence or "unknown")
+        return
+    _refuse_given({"--license": licence}, "shared")
+    if client is None:
+        raise UsageInvalid(f"--client: expected the owner whose {what.value} it is, found none; name it")
     if override is not None and not override.strip():
         raise UsageInvalid("--override: expected the owner's reason, found none; it goes on record")
     answer = export_result(RunFolder(folder), what.value, client, out, override or "")
     said = f"overridden: {len(answer['refusals'])} reasons against it" if answer["refusals"] else "its audit passed"
     print(f"wrote {out} ({said}); on record in the store and the report of the owner of client {client}")
+
+
+def _refuse_given(options: dict[str, str | None], belongs: str) -> None:
+    for name, given in options.items():
+        if given is not None:
+            raise UsageInvalid(f"{name}: belongs to {belongs}, found {given}; leave it out")
+
+
+def _export_shared(folder: Path, out: Path, licence: str) -> None:
+    from .owner_stages import export_shared_denoiser
+    from .plan_report import decimal_text
+    from .run_folder import RunFolder
+
+    run = export_shared_denoiser(RunFolder(folder), out, licence)
+    epsilon, delta = decimal_text(run.privacy.epsilon), decimal_text(run.privacy.delta_or_zero)
+    promise = f"ε = {epsilon} per {run.privacy.unit}, δ = {delta}, k = 1 release"
+    print(f"wrote {out}: made of {len(run.releases)} owners' releases, each at {promise}; it may be shared")
+    say_next(f"read {quoted(out / 'README.md')}: what was promised, how to load it, what it cannot do")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Single processes of the trainer that an owner asks for outside a run: checking records, drawing more samples,
+"""Single processes of the trainer that somebody asks for outside a run: checking records, drawing more samples,
 attacking what a run left, passing it on."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,13 +21,15 @@ from feddiff_protocol.errors import (
     UsageInvalid,
 )
 from feddiff_protocol.plan import StageKey
-from feddiff_protocol.stages import Receipt, SampleSpec, Stage
+from feddiff_protocol.stages import Receipt, SampleSpec, Stage, TrainSharedSpec
 
 from .documents import LocalDataset
 from .processes import RECEIPT_VARIABLE
 from .run_folder import RunFolder
 
 CHECK_MODULE, AUDIT_MODULE, EXPORT_MODULE = "feddiff_trainer.check", "feddiff_trainer.audit", "feddiff_trainer.export"
+SHARED_EXPORT_MODULE = "feddiff_trainer.export_shared"
+LICENCE = r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}"
 Told = Callable[[int, int], None]  # done, total
 
 
@@ -90,11 +93,37 @@ def export_result(folder: RunFolder, what: str, client: str, out: Path, override
     return answer
 
 
+def export_shared_denoiser(folder: RunFolder, out: Path, licence: str) -> TrainSharedSpec:
+    """`out` is a folder with the run's shared denoiser that loads without feddiff; the spec that trained it."""
+    if not re.fullmatch(LICENCE, licence):
+        raise UsageInvalid(f"--license: expected an identifier like cc-by-4.0, found {licence!r}")
+    _check_new(out, "folder")
+    key: StageKey = (Stage.TRAIN_SHARED, "")
+    spec_path, done = _finished(folder, key, "no shared denoiser yet; `feddiff run` with this --dir trains it")
+    spec = parse(TrainSharedSpec, json.loads(spec_path.read_text()), str(spec_path))
+    asked = {
+        "run": spec.to_wire(),
+        "sharedDenoiserSha256": done.outputs["denoiser"],
+        "classNames": folder.record().datasets[0].spec.classes.names,
+        "licence": licence,
+        "out": str(out.resolve()),
+    }
+    with tempfile.TemporaryDirectory(prefix="feddiff-") as temporary:
+        path = Path(temporary) / "spec.json"
+        path.write_text(json.dumps(asked))
+        run_module(SHARED_EXPORT_MODULE, path)
+    return spec
+
+
 def _check_new_file(out: Path, suffix: str) -> None:
     if out.suffix != suffix:
         raise UsageInvalid(f"--out: expected a file that ends in {suffix}, found {out}")
+    _check_new(out, "file")
+
+
+def _check_new(out: Path, what: str) -> None:
     if out.exists():
-        raise OutputFailed(f"--out: {out} exists; name a new file")
+        raise OutputFailed(f"--out: {out} exists; name a new {what}")
     if not out.resolve().parent.is_dir():
         raise OutputFailed(f"--out: {out.resolve().parent} is no folder; make it first")
 
@@ -111,15 +140,18 @@ def clients_of(folder: RunFolder, client: str | None) -> list[str]:
 
 def finished_sample_spec(folder: RunFolder, client: str) -> SampleSpec:
     """The spec with which the run drew its own samples."""
-    key: StageKey = (Stage.SAMPLE, client)
-    attempt, record = folder.newest_attempt(key), folder.record()
-    done: Receipt | None = folder.receipt(key, attempt, record.uid)
-    if done is None:
-        raise InputMissing(
-            f"{folder.path}: client {client} has no samples yet; `feddiff run` with this --dir draws them"
-        )
-    path = folder.attempt_folder(key, attempt) / "spec.json"
+    missing = f"client {client} has no samples yet; `feddiff run` with this --dir draws them"
+    path, _ = _finished(folder, (Stage.SAMPLE, client), missing)
     return parse(SampleSpec, json.loads(path.read_text()), str(path))
+
+
+def _finished(folder: RunFolder, key: StageKey, missing: str) -> tuple[Path, Receipt]:
+    """Where the spec of a finished stage is, and its receipt. Raises InputMissing, with the words of `missing`."""
+    attempt = folder.newest_attempt(key)
+    done = folder.receipt(key, attempt, folder.record().uid)
+    if done is None:
+        raise InputMissing(f"{folder.path}: {missing}")
+    return folder.attempt_folder(key, attempt) / "spec.json", done
 
 
 def run_module(module: str, spec: Path, told: Told = lambda done, total: None) -> str:

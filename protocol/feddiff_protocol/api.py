@@ -6,6 +6,7 @@ strings, so that no value changes on its way through JSON; every list and string
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -603,19 +604,77 @@ class DiffusionSpec(Wire):
         return self
 
 
+@dataclass(frozen=True)
+class NetworkSize:
+    """What a preset stands for; each part under the name of the field that overrules it."""
+
+    base_width: int
+    num_blocks: int
+    attention_cells: int
+
+
+NETWORK_SIZES: Mapping[str, NetworkSize] = {
+    "tiny": NetworkSize(base_width=32, num_blocks=1, attention_cells=0),
+    "small": NetworkSize(base_width=48, num_blocks=1, attention_cells=4),
+    "base": NetworkSize(base_width=64, num_blocks=2, attention_cells=8),
+    "large": NetworkSize(base_width=96, num_blocks=2, attention_cells=16),
+}
+
+
 class NetworkSpec(Wire):
     """The U-Net that shared and personal denoisers have in common. A checkpoint of another shape cannot be continued:
     change nothing here once training has begun."""
 
-    base_width: Annotated[int, Field(ge=8, le=512), WHOLE] = Field(
-        32, description="channels at full resolution; lower ones have up to four times as many"
+    preset: Literal["tiny", "small", "base", "large"] = Field(
+        "tiny",
+        description="a size made for images of 8×8 (tiny), 28×28 (small), 32×32 (base) or 64×64 (large), see"
+        " docs/networks.md; any of them takes any image, and fields given beside it overrule it",
     )
-    num_blocks: Annotated[int, Field(ge=1, le=8), WHOLE] = Field(1, description="residual blocks at each resolution")
-    attention: Flag = Field(False, description="self-attention at the lowest resolution")
+    base_width: Annotated[int, Field(ge=8, le=512), WHOLE] | None = Field(
+        None,
+        description="channels at the finest grid; coarser ones up to four times as many; preset's unless given",
+    )
+    num_blocks: Annotated[int, Field(ge=1, le=8), WHOLE] | None = Field(
+        None, description="residual blocks at each grid, before the middle and after it; preset's unless given"
+    )
+    attention_cells: Annotated[int, Field(ge=0, le=64), WHOLE] | None = Field(
+        None,
+        description="self-attention at grids of at most so many cells a side, 0 for none; preset's unless given. Grids"
+        " are half an image and its halves, until at most 4 cells are left",
+    )
+
+    backbone: Literal["unet", "diffusers"] = Field(
+        "unet",
+        description="unet: feddiff's own; diffusers: that package's UNet2DModel of the same sizes, its finest grid the"
+        " whole image. It needs feddiff[diffusers] wherever denoisers are trained and used",
+    )
+
+    @property
+    def size(self) -> NetworkSize:
+        """The preset with every part that the job gives itself."""
+        given = {part.name: getattr(self, part.name) for part in fields(NetworkSize)}
+        return replace(NETWORK_SIZES[self.preset], **{name: part for name, part in given.items() if part is not None})
 
 
 TrainingImages = Annotated[int, Field(ge=1, le=10**12), WHOLE]
 Batch = Annotated[int, Field(ge=2, le=65_536), WHOLE]
+Accumulation = Annotated[int, Field(ge=1, le=1024), WHOLE]
+
+
+class ComputeSpec(Wire):
+    """How both trainings compute. It changes speed and memory, and what is learned by rounding alone."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of the network's products in training, weights and optimizer being float32 anyway; auto: bfloat16"
+        " on a GPU, else float32",
+    )
+    gradient_checkpointing: Flag = Field(
+        False, description="compute each block's activations again for its gradient: less memory, slower"
+    )
+    compile: Flag = Field(
+        False, description="torch.compile; costs time at each start and needs a C++ compiler or Triton in the image"
+    )
 
 
 class SharedSpec(Wire):
@@ -623,8 +682,8 @@ class SharedSpec(Wire):
 
     model_config = _rules(
         (
-            "self.batch % (self.replicas * self.processesPerReplica) == 0",
-            "batch must be a multiple of replicas × processesPerReplica",
+            "self.batch % (self.replicas * self.processesPerReplica * self.accumulation) == 0",
+            "batch must be a multiple of replicas × processesPerReplica × accumulation",
         )
     )
 
@@ -635,7 +694,12 @@ class SharedSpec(Wire):
     images: TrainingImages = Field(
         2_000_000, description="length of the training, in images seen by all ranks together"
     )
-    batch: Batch = Field(256, description="images in one step, over all ranks; a multiple of their number")
+    batch: Batch = Field(
+        256, description="images in one step, over all ranks; a multiple of their number times accumulation"
+    )
+    accumulation: Accumulation = Field(
+        1, description="parts of a rank's batch that go through the network one after the other, for less memory"
+    )
     learning_rate: Positive = Field(Decimal("2e-3"), description="peak of the schedule")
     replicas: Annotated[int, Field(ge=1, le=1024), WHOLE] = Field(2, description="pods; in a local run, processes")
     processes_per_replica: Annotated[int, Field(ge=1, le=64), WHOLE] = Field(
@@ -666,9 +730,11 @@ class SharedSpec(Wire):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "SharedSpec":
-        if self.batch % self.world_size:
+        parts = self.world_size * self.accumulation
+        if self.batch % parts:
             raise ValueError(
-                f"batch: expected a multiple of replicas × processesPerReplica = {self.world_size}, found {self.batch}"
+                f"batch: expected a multiple of replicas × processesPerReplica × accumulation = {parts}, found"
+                f" {self.batch}"
             )
         return self
 
@@ -676,8 +742,13 @@ class SharedSpec(Wire):
 class PersonalSpec(Wire):
     """Training of each owner's personal denoiser, on its own records and, above the split, on what was released."""
 
+    model_config = _rules(("self.batch % self.accumulation == 0", "batch must be a multiple of accumulation"))
+
     images: TrainingImages = Field(1_000_000, description="length of each owner's training, in images seen")
-    batch: Batch = Field(256, description="images in one step")
+    batch: Batch = Field(256, description="images in one step; a multiple of accumulation")
+    accumulation: Accumulation = Field(
+        1, description="parts of a batch that go through the network one after the other, for less memory"
+    )
     learning_rate: Positive = Field(Decimal("2e-3"), description="peak of the schedule")
     release_share: ShareOrNothing = Field(
         Decimal("0.333"),
@@ -688,6 +759,12 @@ class PersonalSpec(Wire):
         description="summary, privunit: lowest noise-to-signal at which draws are trained on; splitSigma unless said",
     )
     clip_mix: Flag = Field(False, description="also train on clipped images, told apart by a flag (CVPR 2026)")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "PersonalSpec":
+        if self.batch % self.accumulation:
+            raise ValueError(f"batch: expected a multiple of accumulation = {self.accumulation}, found {self.batch}")
+        return self
 
 
 class SamplingSpec(Wire):
@@ -783,6 +860,7 @@ class FederatedDiffusionJobSpec(Wire):
     privacy: PrivacySpec = Field(json_schema_extra=_fixed("privacy"))
     diffusion: DiffusionSpec = Field(DiffusionSpec(), json_schema_extra=_fixed("diffusion"))
     network: NetworkSpec = NetworkSpec()
+    compute: ComputeSpec = ComputeSpec()
     shared: SharedSpec = Field(default_factory=lambda: SharedSpec.model_validate({}))
     personal: PersonalSpec = PersonalSpec()
     sampling: SamplingSpec = SamplingSpec()

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from .api import (
     ClassesSpec,
+    ComputeSpec,
     DiffusionSpec,
     FederatedDiffusionJob,
     ImageSpec,
@@ -86,6 +87,7 @@ class TrainSharedSpec(StageSpec):
     privacy: PrivacySpec
     diffusion: DiffusionSpec
     network: NetworkSpec
+    compute: ComputeSpec = ComputeSpec()
     shared: SharedSpec
     sampling: SamplingSpec
     federation_store: Uri
@@ -109,6 +111,7 @@ class OwnerStageSpec(StageSpec):
 
 class TrainPersonalSpec(OwnerStageSpec):
     stage: Literal[Stage.TRAIN_PERSONAL] = Stage.TRAIN_PERSONAL
+    compute: ComputeSpec = ComputeSpec()
     personal: PersonalSpec
 
 
@@ -228,6 +231,7 @@ def train_shared_spec(
         privacy=job.spec.privacy,
         diffusion=job.spec.diffusion,
         network=job.spec.network,
+        compute=job.spec.compute,
         shared=job.spec.shared,
         sampling=job.spec.sampling,
         federation_store=places.federation_store,
@@ -263,7 +267,7 @@ def owner_stage_spec(
         "federation_store": places.federation_store,
     }
     if stage is Stage.TRAIN_PERSONAL:
-        return TrainPersonalSpec(**common)
+        return TrainPersonalSpec(**common, compute=job.spec.compute)
     if stage is Stage.SAMPLE:
         return SampleSpec(**common, sampling=job.spec.sampling, shared_denoiser_sha256=shared_denoiser_sha256)
     assert stage is Stage.EVALUATE

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
+from feddiff import engine
 from feddiff.documents import load_job
 from feddiff.local_ledger import LocalLedger
 from feddiff.processes import StageProcess, StartProcess
 from feddiff.run_folder import RunFolder
-from feddiff_protocol.errors import Interrupted, PrivacyRefusal, SpecInvalid
+from feddiff_protocol.errors import ConfigurationInvalid, Interrupted, PrivacyRefusal, SpecInvalid
 from feddiff_protocol.ledger import Phase
 from feddiff_protocol.plan import JobPhase
 from feddiff_protocol.stages import ReportSpec, Stage
@@ -80,6 +81,18 @@ def test_stores_and_overlays_of_a_cluster_are_folders_of_a_local_run(world: Any)
     assert {"federation", "store"} == {Path(uri.removeprefix("file://")).name for uri in stores}
     assert all(uri.startswith(f"file://{world.path}/") for uri in stores)
     assert not [spec for spec in stages.specs if "s3://" in spec.model_dump_json()]
+
+
+def test_a_network_that_cannot_be_built_is_refused_before_anything_is_charged(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, stages = world.job(network={"backbone": "diffusers"}), world.stages()
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationInvalid, match="backbone: diffusers needs the package diffusers, found none"):
+        world.run(job, stages)
+    assert stages.started == [] and not (world.path / "a").exists()
+    monkeypatch.setattr(engine, "find_spec", lambda name: name)
+    assert world.run(job, stages).exit_code == 0
 
 
 def test_a_release_starts_only_when_every_client_is_charged(world: Any) -> None:

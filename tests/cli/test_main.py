@@ -13,7 +13,9 @@ import yaml
 
 from feddiff import main as command
 from feddiff import processes
+from feddiff.run_folder import RunFolder
 from feddiff_protocol.promise import NOT_COVERED
+from feddiff_protocol.stages import Stage
 
 CLIENT_KEYS = {
     *("client", "mechanism", "unit", "epsilon", "delta", "mu", "paperEpsilon", "attackAuc", "attackTprAt1PercentFpr"),
@@ -251,8 +253,6 @@ def test_a_fresh_budget_shows_as_whole(feddiff: Any, world: Any) -> None:
 
 
 def test_sample_wants_a_finished_run_a_known_client_and_a_new_file(feddiff: Any, world: Any) -> None:
-    from feddiff_protocol.stages import Stage
-
     world.run(world.job(), world.stages(lambda spec: "exit 65" if spec.stage is Stage.SAMPLE else None))
     asked = ["sample", world.path / "run", "--images-per-class", "5", "--client"]
     (world.path / "there.npz").touch()
@@ -504,8 +504,6 @@ def test_an_attack_above_its_bound_ends_with_77_after_the_whole_answer(
 
 
 def test_audit_wants_a_finished_run_and_a_known_client(feddiff: Any, world: Any) -> None:
-    from feddiff_protocol.stages import Stage
-
     world.run(world.job(), world.stages(lambda spec: "exit 65" if spec.stage is Stage.SAMPLE else None))
     for client, code, words in (("z", 64, "expected one of a, b, found z"), ("a", 66, "has no samples yet")):
         found, _, err = feddiff("audit", world.path / "run", "--client", client)
@@ -548,6 +546,41 @@ def test_export_asks_the_trainer_for_the_owner_and_says_what_is_on_record(
     }
 
 
+def test_the_shared_denoiser_goes_out_by_the_hash_of_its_receipt_and_without_an_owner(
+    feddiff: Any, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run(world.job(), world.stages())
+    asked = trainer_that_answers(monkeypatch, {"files": []})
+    out = world.path / "shared"
+    code, said, err = feddiff("export", "shared", world.path / "run", "--out", out, "--license", "cc-by-4.0")
+    assert (code, err) == (0, "")
+    assert "made of 2 owners' releases, each at ε = 10 per image, δ = 1e-5, k = 1 release; it may be shared" in said
+    ((module, spec),) = asked
+    assert module == "feddiff_trainer.export_shared" and spec["run"]["stage"] == "train-shared"
+    folder = RunFolder(world.path / "run")
+    receipt = folder.receipt((Stage.TRAIN_SHARED, ""), 1, folder.record().uid)
+    assert receipt is not None and spec["sharedDenoiserSha256"] == receipt.outputs["denoiser"]
+    assert (spec["licence"], spec["out"]) == ("cc-by-4.0", str(out))
+
+
+def test_a_licence_is_an_identifier(feddiff: Any, world: Any) -> None:
+    out = world.path / "shared"
+    code, _, err = feddiff("export", "shared", world.path / "run", "--out", out, "--license", "mine: yes")
+    assert (code, "--license: expected an identifier like cc-by-4.0, found 'mine: yes'" in err) == (64, True), err
+
+
+def test_an_export_of_a_personal_denoiser_names_its_owner(feddiff: Any, world: Any) -> None:
+    world.run(world.job(), world.stages())
+    code, _, err = feddiff("export", "denoiser", world.path / "run", "--out", world.path / "p.safetensors")
+    assert (code, "--client: expected the owner whose denoiser it is, found none" in err) == (64, True), err
+
+
+def test_a_shared_denoiser_that_is_not_there_yet_is_missing_input(feddiff: Any, world: Any) -> None:
+    RunFolder(world.path / "new").begin(world.job())
+    code, _, err = feddiff("export", "shared", world.path / "new", "--out", world.path / "shared")
+    assert (code, "no shared denoiser yet" in err) == (66, True), err
+
+
 def test_export_wants_a_known_client_a_new_file_of_its_kind_and_a_reason(feddiff: Any, world: Any) -> None:
     world.run(world.job(), world.stages())
     (world.path / "there.npz").touch()
@@ -557,7 +590,9 @@ def test_export_wants_a_known_client_a_new_file_of_its_kind_and_a_reason(feddiff
         ("samples", "z", "x.npz", (), 64, "expected one of a, b, found z"),
         ("samples", "a", "there.npz", (), 73, "exists"),
         ("samples", "a", "x.npz", ("--override", " "), 64, "expected the owner's reason"),
-        ("shared", "a", "x.npz", (), 64, "shared"),
+        ("shared", "a", "x", (), 64, "--client: belongs to denoiser or samples, found a"),
+        ("both", "a", "x.npz", (), 64, "'both' is not one of"),
+        ("samples", "a", "x.npz", ("--license", "mit"), 64, "--license: belongs to shared, found mit"),
     ):
         found, _, err = feddiff(
             "export", what, world.path / "run", "--client", client, "--out", world.path / out, *override

@@ -54,7 +54,9 @@ def test_valid_documents_keep_every_number() -> None:
         (JOB, "spec.diffusion.splitSigma", MISSING, "splitSigma: mechanism summary needs it"),
         (JOB, "spec.clients", [JOB["spec"]["clients"][0]] * 2, "distinct names, found a twice"),
         (JOB, "spec.quorum", 3, "quorum: expected at most the number of clients, 2, found 3"),
-        (JOB, "spec.shared.batch", 255, "multiple of replicas × processesPerReplica = 2, found 255"),
+        (JOB, "spec.shared.batch", 255, "multiple of replicas × processesPerReplica × accumulation = 2, found 255"),
+        (JOB, "spec.shared.accumulation", 3, "replicas × processesPerReplica × accumulation = 6, found 256"),
+        (JOB, "spec.personal.accumulation", 3, "batch: expected a multiple of accumulation = 3, found 256"),
         (JOB, "kind", "Job", "expected apiVersion feddiff.dev/v1alpha1 and kind"),
         (JOB, "metadata.name", "Digits!", "metadata.name"),
         (DATASET, "spec.classes.records", [30], "records: expected one number for each of 2 classes, found 1"),
@@ -269,14 +271,14 @@ def test_a_whole_number_is_a_number_without_a_fraction(value: float) -> None:
         ("spec.quorum", float("inf"), "spec.quorum: expected a whole number, found inf"),
         ("spec.suspend", "true", "spec.suspend: expected true or false, found 'true'"),
         ("spec.suspend", 1, "spec.suspend: expected true or false, found 1"),
-        ("spec.network", {"attention": "no"}, "spec.network.attention: expected true or false, found 'no'"),
+        ("spec.personal", {"clipMix": "no"}, "spec.personal.clipMix: expected true or false, found 'no'"),
         ("spec.clients.0.name", 5, "spec.clients.0.name: input should be a valid string, found 5"),
         ("spec.clients.0", None, "spec.clients"),
     ],
 )
 def test_what_only_looks_like_a_number_or_a_flag_is_refused(path: str, value: Any, words: str) -> None:
     spec = copy.deepcopy(JOB)
-    spec["spec"] |= {"network": {}, "suspend": False}
+    spec["spec"] |= {"personal": {}, "suspend": False}
     with pytest.raises(SpecInvalid) as caught:
         parse_document(nulled(spec, path) if value is None else changed(spec, path, value), "x")
     assert words in str(caught.value)

@@ -21,7 +21,7 @@ from feddiff_trainer.train_shared import network_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 UID, CLIENT, COUNTS, BATCH = "uid-00000001", "a", (5, 3), 4
-NETWORKS = {32: {"baseWidth": 8}, 64: {"baseWidth": 8, "numBlocks": 2, "attention": True}}
+NETWORKS = {32: {"baseWidth": 8}, 64: {"preset": "large", "baseWidth": 8}}
 
 
 def write_folder(root: Path, side: int) -> Path:

@@ -106,7 +106,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[NetworkConfig]:
     return configs
 
 
-@pytest.mark.parametrize(("field", "value"), [*HUGE.items(), ("sigma_data", 0.5), ("attention", True)])
+@pytest.mark.parametrize(("field", "value"), [*HUGE.items(), ("sigma_data", 0.5), ("attention_cells", 4)])
 def test_another_network_than_the_jobs_is_refused_in_words_and_never_built(
     built: list[NetworkConfig], field: str, value: Any
 ) -> None:
@@ -167,9 +167,9 @@ def test_a_reader_that_checks_no_shapes_would_multiply_them(monkeypatch: pytest.
     assert products == [(1, 300, 300)]
 
 
-@pytest.mark.parametrize("attention", [False, True])
-def test_a_denoisers_size_is_known_before_it_is_fetched_and_not_much_overestimated(attention: bool) -> None:
-    config = replace(CONFIG, attention=attention, num_blocks=2)
+@pytest.mark.parametrize("attention_cells", [0, 4])
+def test_a_denoisers_size_is_known_before_it_is_fetched_and_not_much_overestimated(attention_cells: int) -> None:
+    config = replace(CONFIG, attention_cells=attention_cells, num_blocks=2)
     network = denoiser_bytes(Denoiser(config))
     assert len(network) <= most_bytes("unet", config) < 2.5 * len(network)
     for dtype in (torch.float32, torch.float64):
@@ -186,7 +186,7 @@ def allocated(work: Callable[[], object]) -> int:
 
 def test_the_size_of_the_largest_network_is_found_without_allocating_it() -> None:
     """Some 10 GB of weights, if it were."""
-    largest = NetworkConfig(4, 512, 512, num_classes=1000, base_width=512, num_blocks=8, attention=True)
+    largest = NetworkConfig(4, 512, 512, num_classes=1000, base_width=512, num_blocks=8, attention_cells=4)
     assert most_bytes("unet", largest) > 4 << 30
     assert allocated(lambda: most_bytes("unet", largest)) < 1 << 20
     assert allocated(lambda: Denoiser(replace(CONFIG, base_width=64))) > 1 << 20, "which this would notice"

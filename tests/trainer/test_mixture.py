@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from feddiff_protocol.api import SamplingSpec
 from feddiff_protocol.schedule import Schedule
 from feddiff_trainer.denoising import ClassGaussian, Denoise
 from feddiff_trainer.drawing import Drawing, draw_both
@@ -127,8 +126,8 @@ def drawn(
     shared: Denoise, personal: Denoise, sampler: str = "heun", restarts: bool = False, step: int = SPLIT_STEP
 ) -> Tensor:
     """Images by the code that draws a job's, x_BD."""
-    sampling = SamplingSpec.model_validate({"steps": SAMPLERS[sampler], "sampler": sampler})
-    how = Drawing(SCHEDULE.sigma(step), SCHEDULE.alpha(step), restarts, SCHEDULE.sigmas, sampling)
+    split = SCHEDULE.sigma(step), SCHEDULE.alpha(step)
+    how = Drawing(*split, restarts, SCHEDULE.sigmas, SAMPLERS[sampler], ancestral=sampler == "ddpm")
     generator = torch.Generator().manual_seed(1)
     noise_BCHW = torch.randn(COUNT, *SHAPE, generator=generator, dtype=torch.float64)
     return draw_both(how, shared, personal, noise_BCHW, torch.zeros(COUNT, dtype=torch.long), generator).flatten(1)

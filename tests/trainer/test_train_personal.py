@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import PrivacySpec, parse
+from feddiff_protocol.api import ComputeSpec, PrivacySpec, parse
 from feddiff_protocol.errors import DataInvalid, PrivacyRefusal
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseSpec, TrainPersonalSpec
@@ -23,7 +23,7 @@ from feddiff_trainer import train_personal, train_shared, training
 from feddiff_trainer.batches import Batch
 from feddiff_trainer.denoisers import denoiser_from_bytes
 from feddiff_trainer.mechanisms import clip_l2
-from feddiff_trainer.network import CLIPPED, UNCLIPPED, Denoiser
+from feddiff_trainer.network import CLIPPED, UNCLIPPED, Denoiser, run_blocks_twice
 from feddiff_trainer.records import read_source
 from feddiff_trainer.release import release
 from feddiff_trainer.stage import report_progress, run_stage
@@ -96,6 +96,21 @@ def released(folder: Path, client: str, document: dict[str, Any]) -> dict[str, s
 
 def own_images(spec: TrainPersonalSpec) -> tuple[Tensor, Tensor]:
     return images_of(read_source(spec.source, spec.image, spec.classes), spec)
+
+
+def test_it_computes_as_the_job_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def spy(model: Denoiser, batch_loss: training.BatchLoss, **how: Any) -> Denoiser:
+        asked.append(how | {"run": model.unet.run})
+        return model
+
+    monkeypatch.setattr(train_personal, "train", spy)
+    spec = prepared(tmp_path, "summary", accumulation=4)
+    compute = ComputeSpec(precision="float32", gradient_checkpointing=True, compile=True)
+    train_personal.body(spec.model_copy(update={"compute": compute}))
+    found = [asked[0][name] for name in ("accumulation", "bfloat16", "compiled", "run")]
+    assert found == [4, False, True, run_blocks_twice]
 
 
 def batch_of(spec: TrainPersonalSpec) -> Batch:

@@ -30,7 +30,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor, nn
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import parse
+from feddiff_protocol.api import ComputeSpec, parse
 from feddiff_protocol.errors import DataInvalid, FeddiffError, Interrupted
 from feddiff_protocol.privunit import best_cap
 from feddiff_protocol.promise import promise_of, schedule_of
@@ -41,7 +41,7 @@ from feddiff_trainer import shards, train_shared, training
 from feddiff_trainer.batches import Source
 from feddiff_trainer.denoisers import denoiser_from_bytes
 from feddiff_trainer.denoising import ClassGaussian
-from feddiff_trainer.network import Denoiser
+from feddiff_trainer.network import Denoiser, run_blocks, run_blocks_twice
 from feddiff_trainer.pictures import read_samples
 from feddiff_trainer.pooling import largest_trace, pool
 from feddiff_trainer.release import release
@@ -155,6 +155,23 @@ def result(spec: TrainSharedSpec) -> tuple[bytes, bytes]:
     data = store.get(layout.shared_denoiser(UID))
     assert outputs == {"denoiser": hashlib.sha256(data).hexdigest()}
     return data, store.get(layout.shared_samples(UID))
+
+
+def test_it_computes_as_the_job_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def spy(model: Denoiser, batch_loss: BatchLoss, **how: Any) -> Denoiser:
+        asked.append(how | {"run": model.unet.run})
+        return model
+
+    monkeypatch.setattr(train_shared, "train", spy)
+    spec = prepared(tmp_path, "summary")
+    compute = ComputeSpec(precision="bfloat16", gradient_checkpointing=True, compile=True)
+    shared = spec.shared.model_copy(update={"accumulation": 4})
+    train_shared.body(spec.model_copy(update={"compute": compute, "shared": shared}))
+    train_shared.body(spec)
+    found = [[each[name] for name in ("accumulation", "bfloat16", "compiled", "run")] for each in asked]
+    assert found == [[4, True, True, run_blocks_twice], [1, None, False, run_blocks]]
 
 
 def test_what_the_training_tells_is_what_it_did(tmp_path: Path) -> None:

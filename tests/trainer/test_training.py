@@ -311,6 +311,67 @@ def nan_at(number: int) -> BatchLoss:
     return lambda *arguments: denoising(*arguments) * (math.nan if next(calls) == number else 1.0)
 
 
+# -- how it is computed ------------------------------------------------------------------------------------------
+
+
+def losses_of(**changes: Any) -> tuple[WEIGHTS, list[float]]:
+    """Weights and the reported losses of a run that reports at every step."""
+    seen: list[float] = []
+    ticking = iter(range(10**6))
+    model = run(on_progress=lambda progress: seen.append(progress.loss), clock=lambda: float(next(ticking)), **changes)
+    return weights(model), seen
+
+
+@pytest.mark.parametrize("accumulation", [2, 16])
+def test_gradients_added_up_over_parts_of_a_batch_are_those_of_the_whole(
+    uninterrupted: WEIGHTS, accumulation: int
+) -> None:
+    found, losses = losses_of(accumulation=accumulation)
+    assert distance(found, uninterrupted) < TOLERANCE
+    assert losses == pytest.approx(losses_of()[1], rel=1e-5)
+
+
+def test_parts_that_draw_anew_or_are_always_the_first_exceed_the_tolerance(uninterrupted: WEIGHTS) -> None:
+    """The mutants: each part draws a batch of its own, and each takes the same images of it."""
+
+    def anew(model: nn.Module, generator: torch.Generator, batch: int, mine: slice) -> Tensor:
+        return denoising(model, generator.manual_seed(generator.initial_seed() % 2**32 + mine.start), batch, mine)
+
+    def first(model: nn.Module, generator: torch.Generator, batch: int, mine: slice) -> Tensor:
+        return denoising(model, generator, batch, slice(0, mine.stop - mine.start))
+
+    for mutant in (anew, first):
+        assert distance(weights(run(mutant, accumulation=2)), uninterrupted) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("accumulation", [3, 32])
+def test_parts_that_do_not_divide_a_processs_images_are_refused(accumulation: int) -> None:
+    with pytest.raises(SpecInvalid, match=f"expected a divisor of 16 images a process, found {accumulation}"):
+        run(accumulation=accumulation)
+
+
+def test_bfloat16_comes_near_float32_and_is_not_it(uninterrupted: WEIGHTS) -> None:
+    found, losses = losses_of(bfloat16=True)
+    assert losses == pytest.approx(losses_of(bfloat16=False)[1], rel=0.02)
+    assert TOLERANCE < distance(found, uninterrupted) < 0.01
+    assert same_bits(losses_of(bfloat16=None)[0], uninterrupted), "on a CPU float32 unless asked for"
+
+
+def test_a_compiled_network_learns_what_an_eager_one_does(
+    uninterrupted: WEIGHTS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as torch.compile does it, and run without its C++ compiler, which takes its time."""
+    compiled, compile_module = [], torch.compile
+
+    def traced(module: nn.Module) -> Any:
+        compiled.append(module)
+        return compile_module(module, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    assert distance(weights(run(compiled=True)), uninterrupted) < TOLERANCE
+    assert len(compiled) == 1
+
+
 # -- two ranks --------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +454,12 @@ def test_ranks_that_do_not_share_the_work_exceed_the_tolerance(
     assert distance(two_ranks.weights(mutant)[0], uninterrupted) > 100 * TOLERANCE
 
 
+def test_two_ranks_that_add_up_their_gradients_equal_one(two_ranks: Ranks, uninterrupted: WEIGHTS) -> None:
+    first, second = two_ranks.weights("added up")
+    assert same_bits(first, second)
+    assert distance(first, uninterrupted) < TOLERANCE
+
+
 def test_signal_to_one_rank_stops_both_and_both_resume_bit_for_bit(two_ranks: Ranks) -> None:
     stopped, steps = two_ranks.outcome("stopped"), 1 + 2 + 4 + 8  # the signal comes in the eighth
     expected = f"Interrupted 75: stopped on request after {steps * BATCH} of 320 images; all of it is kept"
@@ -449,6 +516,7 @@ def be_a_rank(folder: Path) -> None:
         honest = run(world=world, on_progress=lambda progress: seen.append(progress.loss), clock=lambda: 0.0)
         leave_weights(folder, "honest", world, honest)
         leave_outcome(folder, "progress", world, seen)
+        leave_weights(folder, "added up", world, run(world=world, accumulation=4))
         tell_mutants(folder, world)
         checkpoints = kept_in(folder / f"checkpoints-{world.rank}")
         stopping = at_call(7, terminate) if world.rank == 1 else denoising

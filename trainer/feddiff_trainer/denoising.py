@@ -125,6 +125,14 @@ class ClassGaussian(nn.Module):
         self.register_buffer("eigenvalues_KD", eigenvalues_KD.clamp(min=0))  # rounding leaves -1e-17 for a true 0
         self.register_buffer("eigenvectors_KDD", eigenvectors_KDD)
 
+    @classmethod
+    def to_be_loaded(cls, num_classes: int, num_values: int) -> "ClassGaussian":
+        """One that waits for its state, in float64: no decomposition of what is thrown away."""
+        gaussian = cls(torch.zeros(0, num_values).double(), torch.zeros(0, num_values, num_values).double())
+        for name, buffer in gaussian.named_buffers():
+            gaussian.register_buffer(name, buffer.new_zeros(num_classes, *buffer.shape[1:]))
+        return gaussian
+
     @property
     def covariances_KDD(self) -> Tensor:
         return (self.eigenvectors_KDD * self.eigenvalues_KD[:, None, :]) @ self.eigenvectors_KDD.mT

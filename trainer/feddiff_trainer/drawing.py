@@ -29,15 +29,14 @@ class Drawing:
     split_alpha: float
     restarts: bool  # the shared denoiser makes noised images by a schedule of its own (the paper's timeline)
     schedule_sigmas: tuple[float, ...]
-    sampling: SamplingSpec
+    steps: int  # from pure noise to an image
+    ancestral: bool  # by draws (DDPM) instead of along the ODE (Heun)
 
     def levels(self, split: bool) -> Tensor:
-        return sampling_sigmas(
-            self.schedule_sigmas, self.sampling.steps, split_sigma=self.split_sigma if split else None
-        )
+        return sampling_sigmas(self.schedule_sigmas, self.steps, split_sigma=self.split_sigma if split else None)
 
     def sampler(self, generator: torch.Generator) -> Sampler:
-        if self.sampling.sampler == "heun":
+        if not self.ancestral:
             return heun
         return lambda denoise, y, sigmas, label: ddpm_ancestral(denoise, y, sigmas, label, generator)
 
@@ -49,7 +48,8 @@ def drawing_of(privacy: PrivacySpec, diffusion: DiffusionSpec, sampling: Samplin
         split_alpha=schedule.alpha(promise.split_step),
         restarts=diffusion.timeline is Timeline.RESTARTED,
         schedule_sigmas=schedule.sigmas,
-        sampling=sampling,
+        steps=sampling.steps,
+        ancestral=sampling.sampler == "ddpm",
     )
 
 

@@ -15,8 +15,12 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from feddiff_protocol.errors import ConfigurationInvalid
 
 COARSEST_GRID = 4
+DIFFUSERS_COARSEST_GRID = 7
 WIDEST_LEVEL = 4  # a level has at most this many times base_width channels
 DENSE_BLOCKS = 2
 UNCLIPPED, CLIPPED = 0, 1
@@ -26,6 +30,9 @@ M = TypeVar("M", bound=nn.Module)
 @dataclass(frozen=True)
 class NetworkConfig:
     """What the two denoisers must agree on to be built again from their weights.
+
+    Grids of at most attention_cells a side have self-attention: the coarsest among the fully connected blocks, others
+    after their convolutions.
 
     sigma_data is the standard deviation of the clean images around zero, in the images' own units: 0.5 for pixels
     in [-1, 1] (Karras et al. 2022, table 1), about 1 for released images α·v + s·z that play the clean image.
@@ -37,17 +44,25 @@ class NetworkConfig:
     num_classes: int
     base_width: int = 32
     num_blocks: int = 1
-    attention: bool = False
+    attention_cells: int = 0
+    backbone: str = "unet"  # or "diffusers"
     sigma_data: float = 0.5
 
 
 class Denoiser(nn.Module):
-    """E[x0 | y_σ] for y_σ = x0 + σ·z, by a U-Net with the preconditioning of Karras et al. 2022, equation 7."""
+    """E[x0 | y_σ] for y_σ = x0 + σ·z, by a U-Net with the preconditioning of Karras et al. 2022, equation 7.
+
+    Raises ConfigurationInvalid for diffusers' U-Net without diffusers.
+    """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.unet = UNet(config)
+        self.unet: UNet | DiffusersUNet = DiffusersUNet(config) if config.backbone == "diffusers" else UNet(config)
+
+    def checkpoint_gradients(self) -> None:
+        """From now on backward passes compute each block's activations again instead of keeping them."""
+        self.unet.checkpoint_gradients()
 
     def forward(self, y_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor, flag_B: Tensor | None = None) -> Tensor:
         """x0_BCHW, the estimated clean images, float32. σ > 0; flag 0 asks for unclipped images, 1 for clipped."""
@@ -79,13 +94,17 @@ class UNet(nn.Module):
         pixels = 4 * config.image_channels
         self.embed = Embedding(config.num_classes, embedding)
         self.stem = nn.Conv2d(pixels, widths[0], 3, padding=1)
-        self.encode = nn.ModuleList(_blocks(config.num_blocks, width, embedding) for width in widths)
+        self.encode = nn.ModuleList(_blocks(config, *level, embedding) for level in zip(grids, widths, strict=True))
         self.down = nn.ModuleList(nn.Conv2d(4 * a, b, 1) for a, b in pairwise(widths))
         self.middle = _middle(grids[-1], widths[-1], embedding, config)
         self.merge = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for width in widths)
-        self.decode = nn.ModuleList(_blocks(config.num_blocks, width, embedding) for width in widths)
+        self.decode = nn.ModuleList(_blocks(config, *level, embedding) for level in zip(grids, widths, strict=True))
         self.up = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in pairwise(widths))
         self.out = zeroed(nn.Conv2d(widths[0], pixels, 3, padding=1))
+        self.run = run_blocks
+
+    def checkpoint_gradients(self) -> None:
+        self.run = run_blocks_twice
 
     def forward(self, x_BCHW: Tensor, noise_level_B: Tensor, label_B: Tensor, flag_B: Tensor) -> Tensor:
         e_BE = self.embed(noise_level_B, label_B, flag_B)
@@ -94,14 +113,14 @@ class UNet(nn.Module):
         for level, blocks in enumerate(self.encode):
             if level > 0:
                 h_BCHW = self.down[level - 1](fold(h_BCHW))
-            h_BCHW = run_blocks(blocks, h_BCHW, e_BE)
+            h_BCHW = self.run(blocks, h_BCHW, e_BE)
             skips.append(h_BCHW)
-        h_BCHW = run_blocks(self.middle, h_BCHW, e_BE)
+        h_BCHW = self.run(self.middle, h_BCHW, e_BE)
         for level in reversed(range(len(skips))):
             if level < len(skips) - 1:
                 h_BCHW = unfold(self.up[level](h_BCHW), skips[level])
             h_BCHW = self.merge[level](torch.cat([h_BCHW, skips[level]], dim=1))
-            h_BCHW = run_blocks(self.decode[level], h_BCHW, e_BE)
+            h_BCHW = self.run(self.decode[level], h_BCHW, e_BE)
         return unfold(self.out(F.silu(rms_norm(h_BCHW))), x_BCHW)
 
 
@@ -187,7 +206,7 @@ class DenseBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention among the cells of the coarsest grid (Vaswani et al. 2017, equation 1)."""
+    """Residual self-attention among the cells of one grid (Vaswani et al. 2017, equation 1)."""
 
     def __init__(self, width: int, embedding: int) -> None:
         super().__init__()
@@ -204,6 +223,58 @@ class AttentionBlock(nn.Module):
         a_BCHW = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x_BCHW.shape)
         change_BCHW: Tensor = self.project(a_BCHW)
         return x_BCHW + change_BCHW
+
+
+class DiffusersUNet(nn.Module):
+    """UNet2DModel of diffusers in the place of UNet: the same arguments, sizes and conditions, grids one level finer.
+
+    An image that does not halve often enough is padded by its edges. Clipped images are further classes.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        try:
+            from diffusers import UNet2DModel
+        except ImportError:
+            raise ConfigurationInvalid(
+                "network.backbone: diffusers needs the package diffusers, found none; install it, pip install"
+                " 'feddiff[diffusers]', or use unet"
+            ) from None
+        grids, widths = diffusers_levels(config)
+        attends = [max(grid) <= config.attention_cells for grid in grids]
+        self.num_classes, self.multiple = config.num_classes, 2 ** (len(grids) - 1)
+        self.unet = UNet2DModel(
+            in_channels=config.image_channels,
+            out_channels=config.image_channels,
+            layers_per_block=config.num_blocks,
+            block_out_channels=widths,
+            down_block_types=["AttnDownBlock2D" if each else "DownBlock2D" for each in attends],
+            up_block_types=["AttnUpBlock2D" if each else "UpBlock2D" for each in reversed(attends)],
+            add_attention=attends[-1],
+            attention_head_dim=math.gcd(32, config.base_width),
+            norm_num_groups=math.gcd(32, config.base_width),
+            num_class_embeds=2 * config.num_classes,
+        )
+        zeroed(self.unet.conv_out)
+
+    def checkpoint_gradients(self) -> None:
+        self.unet.enable_gradient_checkpointing()
+
+    def forward(self, x_BCHW: Tensor, noise_level_B: Tensor, label_B: Tensor, flag_B: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[-2:]
+        padded_BCHW = F.pad(x_BCHW, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        class_B = label_B + self.num_classes * flag_B
+        # Its sinusoids are made for steps of 0 to 1000; c_noise spans about [-1.2, 1.3].
+        f_BCHW: Tensor = self.unet(padded_BCHW, 1000 * noise_level_B, class_B).sample
+        return f_BCHW[..., :height, :width]
+
+
+def diffusers_levels(config: NetworkConfig) -> tuple[list[tuple[int, int]], list[int]]:
+    """As `levels`, from the whole image until at most 7 cells are left: 28 halves twice without a remainder."""
+    grids = [(config.image_height, config.image_width)]
+    while max(grids[-1]) > DIFFUSERS_COARSEST_GRID:
+        grids.append(_halved(grids[-1]))
+    return grids, [config.base_width * min(2**level, WIDEST_LEVEL) for level in range(len(grids))]
 
 
 def rms_norm(x_BCHW: Tensor) -> Tensor:
@@ -227,13 +298,23 @@ def run_blocks(blocks: nn.Module, x_BCHW: Tensor, e_BE: Tensor) -> Tensor:
     return x_BCHW
 
 
-def _blocks(count: int, width: int, embedding: int) -> nn.ModuleList:
-    return nn.ModuleList(ConvBlock(width, embedding) for _ in range(count))
+def run_blocks_twice(blocks: nn.Module, x_BCHW: Tensor, e_BE: Tensor) -> Tensor:
+    """The same; where gradients are asked for, nothing inside of a block is kept for them (Chen et al. 2016)."""
+    for block in blocks.children():
+        x_BCHW = checkpoint(block, x_BCHW, e_BE, use_reentrant=False)
+    return x_BCHW
+
+
+def _blocks(config: NetworkConfig, grid: tuple[int, int], width: int, embedding: int) -> nn.ModuleList:
+    blocks: list[nn.Module] = [ConvBlock(width, embedding) for _ in range(config.num_blocks)]
+    if COARSEST_GRID < max(grid) <= config.attention_cells:
+        blocks.append(AttentionBlock(width, embedding))
+    return nn.ModuleList(blocks)
 
 
 def _middle(grid: tuple[int, int], width: int, embedding: int, config: NetworkConfig) -> nn.ModuleList:
     values, hidden = grid[0] * grid[1] * width, 16 * config.base_width
     blocks: list[nn.Module] = [DenseBlock(values, embedding, hidden) for _ in range(DENSE_BLOCKS)]
-    if config.attention:
+    if max(grid) <= config.attention_cells:
         blocks.insert(1, AttentionBlock(width, embedding))
     return nn.ModuleList(blocks)

@@ -75,12 +75,19 @@ def read_releases(
     Raises InputMissing if something is not there, DataInvalid, with the client's name, unless it is the very release
     that counts and everything it says of itself is what the job says.
     """
-    fetches = [partial(_manifest_bytes, store, terms.job_uid, reference) for reference in references]
-    pairs = zip(references, fetched_once(fetches, world), strict=True)
-    manifests = [_manifest(data, reference, terms) for reference, data in pairs]
+    manifests = read_manifests(store, references, terms, world)
     wanted = [(manifest, shard) for manifest in manifests for shard in manifest.shards]
     contents = fetched_once([partial(_shard_bytes, store, *each) for each in wanted], world)
     return [_release(manifest, contents) for manifest in manifests]
+
+
+def read_manifests(
+    store: Store, references: Sequence[ReleaseReference], terms: Terms, world: World = ALONE
+) -> list[Manifest]:
+    """What the releases say of themselves, in the order of `references`; raises as read_releases does."""
+    fetches = [partial(_manifest_bytes, store, terms.job_uid, reference) for reference in references]
+    pairs = zip(references, fetched_once(fetches, world), strict=True)
+    return [_manifest(data, reference, terms) for reference, data in pairs]
 
 
 def _release(manifest: Manifest, contents: Iterator[bytes]) -> Release:

@@ -13,7 +13,7 @@ from decimal import Decimal, InvalidOperation
 from feddiff_protocol import accountant, layout
 from feddiff_protocol.api import ClassesSpec, Mechanism
 from feddiff_protocol.promise import NOT_COVERED, Promise, cap_of, promise_of
-from feddiff_protocol.stages import BudgetLine, Duration, ReportSpec
+from feddiff_protocol.stages import BudgetLine, Duration, ReportSpec, TrainSharedSpec
 
 from .pages import Banner, Html, Page, bullets, definitions, element, joined, paragraph, render, rows, section, table
 from .pictures import LabelledImages, Pixels, bar, grid, image, read_samples, roc_bound
@@ -72,7 +72,7 @@ def job_report(spec: ReportSpec, samples: LabelledImages, versions: Mapping[str,
     return render(page)
 
 
-def promise_sentence(spec: ReportSpec, promise: Promise) -> Html:
+def promise_sentence(spec: ReportSpec | TrainSharedSpec, promise: Promise) -> Html:
     privacy = spec.privacy
     return joined(
         f"Whoever sees everything that left the {num(len(spec.releases), 'owner')} learns about any one image at most "
@@ -115,7 +115,7 @@ def _promise_section(spec: ReportSpec, promise: Promise) -> Html:
     return section("The promise", element("div", definitions(promise_terms(spec, promise)), chart, cls="split"))
 
 
-def promise_terms(spec: ReportSpec, promise: Promise) -> list[tuple[str, str]]:
+def promise_terms(spec: ReportSpec | TrainSharedSpec, promise: Promise) -> list[tuple[str, str]]:
     """Every number of the promise with its name and unit, in words that stand alone."""
     privacy = spec.privacy
     return [
@@ -152,7 +152,7 @@ def attack_sentence(promise: Promise) -> str:
     return f"area under the curve {promise.attack_auc:.3f}; {found:.1%} found at 1% false alarms"
 
 
-def clip_sentence(spec: ReportSpec) -> str:
+def clip_sentence(spec: ReportSpec | TrainSharedSpec) -> str:
     privacy = spec.privacy
     if privacy.mechanism is Mechanism.SUMMARY:
         power = privacy.frequency_power_or_default
@@ -163,7 +163,7 @@ def clip_sentence(spec: ReportSpec) -> str:
     return f"{privacy.clip_norm} (pixels in {'[0, 1]' if privacy.clips_non_negative_pixels else '[-1, 1]'})"
 
 
-def noise_sentence(spec: ReportSpec, promise: Promise) -> str:
+def noise_sentence(spec: ReportSpec | TrainSharedSpec, promise: Promise) -> str:
     if promise.mechanism is Mechanism.PRIVUNIT:
         cap = cap_of(spec.privacy, spec.image)
         return (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import Mechanism, PrivacySpec, Timeline
+from feddiff_protocol.api import ComputeSpec, Mechanism, PrivacySpec, Timeline
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainPersonalSpec
 
@@ -28,7 +28,9 @@ from .train_shared import (
     Releases,
     from_releases,
     image_shape,
+    in_bfloat16,
     network_config,
+    new_denoiser,
     owners_of,
     releases_of,
 )
@@ -41,7 +43,7 @@ def body(spec: TrainPersonalSpec) -> dict[str, str]:
     owner_store = open_store(spec.owner_store, "owner")
     with distributed() as world:
         denoiser = train(
-            initial_denoiser(spec),
+            initial_denoiser(spec, spec.compute),
             loss_of(source_of(spec, own, releases, world.device), SIGMA_DATA),
             world=world,
             num_images=spec.personal.images,
@@ -51,14 +53,18 @@ def body(spec: TrainPersonalSpec) -> dict[str, str]:
             seed=0,
             on_progress=show_progress,
             checkpoints=Checkpoints(owner_store, layout.personal_checkpoints(spec.job.uid, spec.client)),
+            accumulation=spec.personal.accumulation,
+            bfloat16=in_bfloat16(spec.compute),
+            compiled=spec.compute.compile,
         )
     owner_store.put(layout.personal_denoiser(spec.job.uid, spec.client), denoiser_bytes(denoiser))
     return {}
 
 
-def initial_denoiser(spec: OwnerStageSpec) -> Denoiser:
+def initial_denoiser(spec: OwnerStageSpec, compute: ComputeSpec | None = None) -> Denoiser:
     torch.manual_seed(0)  # initial weights only
-    return Denoiser(network_config(spec.network, spec.image, spec.classes.count, SIGMA_DATA))
+    config = network_config(spec.network, spec.image, spec.classes.count, SIGMA_DATA)
+    return new_denoiser(config, compute or ComputeSpec())
 
 
 def source_of(

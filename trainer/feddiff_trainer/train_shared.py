@@ -4,12 +4,13 @@ import hashlib
 import math
 import sys
 import time
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import ImageSpec, Mechanism, NetworkSpec, Timeline
+from feddiff_protocol.api import ComputeSpec, ImageSpec, Mechanism, NetworkSpec, Timeline
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainSharedSpec
 from feddiff_protocol.telemetry import CHECKPOINT, DATA_WAIT, GPU_MEMORY, IMAGES, LOSS, PROGRESS, STEPS
@@ -60,7 +61,7 @@ def shared_denoiser(
     torch.manual_seed(0)  # initial weights, equal on all ranks; nothing private depends on them
     config = network_config(spec.network, spec.image, spec.num_classes, sigma_data_of(spec))
     return train(
-        Denoiser(config),
+        new_denoiser(config, spec.compute),
         shared_loss(spec, releases, config.sigma_data, world.device),
         world=world,
         num_images=spec.shared.images,
@@ -71,7 +72,23 @@ def shared_denoiser(
         on_progress=lambda progress: show_progress_and_loss(progress, spec.shared.batch),
         on_checkpoint=lambda: tell(CHECKPOINT, time.time()),
         checkpoints=checkpoints,
+        accumulation=spec.shared.accumulation,
+        bfloat16=in_bfloat16(spec.compute),
+        compiled=spec.compute.compile,
     )
+
+
+def new_denoiser(config: NetworkConfig, compute: ComputeSpec) -> Denoiser:
+    """Untrained, its weights drawn by torch's global generator, to be trained as `compute` says."""
+    denoiser = Denoiser(config)
+    if compute.gradient_checkpointing:
+        denoiser.checkpoint_gradients()
+    return denoiser
+
+
+def in_bfloat16(compute: ComputeSpec) -> bool | None:
+    """As `train` takes it."""
+    return None if compute.precision == "auto" else compute.precision == "bfloat16"
 
 
 def shared_loss(spec: TrainSharedSpec, releases: Releases, sigma_data: float, device: torch.device) -> BatchLoss:
@@ -103,8 +120,12 @@ def releases_of(
     spec: TrainSharedSpec | OwnerStageSpec, store: Store, num_classes: int, world: World = ALONE
 ) -> Releases:
     """Every release that counts, verified, in the order of the job's clients, on every rank."""
-    terms = Terms(spec.job.uid, spec.image, num_classes, spec.privacy, spec.diffusion)
-    return read_releases(store, spec.releases, terms, world)
+    return read_releases(store, spec.releases, terms_of(spec, num_classes), world)
+
+
+def terms_of(spec: TrainSharedSpec | OwnerStageSpec, num_classes: int) -> Terms:
+    """What the job says of every release."""
+    return Terms(spec.job.uid, spec.image, num_classes, spec.privacy, spec.diffusion)
 
 
 def pool_of(releases: Releases, spec: TrainSharedSpec | OwnerStageSpec) -> ClassGaussian:
@@ -157,9 +178,8 @@ def network_config(network: NetworkSpec, image: ImageSpec, num_classes: int, sig
         image_height=image.height,
         image_width=image.width,
         num_classes=num_classes,
-        base_width=network.base_width,
-        num_blocks=network.num_blocks,
-        attention=network.attention,
+        **asdict(network.size),
+        backbone=network.backbone,
         sigma_data=sigma_data,
     )
 

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -76,6 +76,9 @@ def train(
     seed: int,
     on_progress: Callable[[Progress], None],
     on_checkpoint: Callable[[], None] = lambda: None,
+    accumulation: int = 1,
+    bfloat16: bool | None = None,
+    compiled: bool = False,
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
@@ -88,31 +91,41 @@ def train(
     is stored: every checkpoint_seconds of `clock`, training going on meanwhile, when stopped and at the end. A run
     that finds one goes on from there. Buffers of the model are not trained.
 
+    A rank's share of a batch goes through the network in `accumulation` equal parts, whose gradients add up to those of
+    the whole. bfloat16 says whether the network's products are computed so, None that they are on a GPU; compiled,
+    whether by torch.compile. Neither is a setting that a resumed run has to share.
+
     Raises Interrupted (75) on all ranks, after a checkpoint, when any received SIGTERM or SIGINT; DataInvalid if
     loss or weights stop being finite; SpecInvalid if ranks do not divide the batch or a checkpoint belongs to
     another run; StoreUnavailable (69) if the last checkpoint, no earlier one, finds no store that answers.
     """
-    mine = rank_slice(batch, world)
+    parts = parts_of(rank_slice(batch, world), accumulation)
     num_steps = math.ceil(num_images / batch)
     gamma = ema_exponent(ema_width)
     settings = {"num_images": num_images, "batch": batch, "learning_rate": learning_rate}
     settings |= {"ema_width": ema_width, "seed": seed}
     ema = copy.deepcopy(model.to(world.device)).requires_grad_(False).eval()
     run = _Run(model.train(), ema, {name: repr(value) for name, value in settings.items()})
-    generator, autocast = torch.Generator(world.device), world.device.type == "cuda"
+    generator = torch.Generator(world.device)
+    autocast = world.device.type == "cuda" if bfloat16 is None else bfloat16
     mine_to_keep = checkpoints if world.rank == 0 else None
     with caught_signals() as signals, Saver(mine_to_keep, on_checkpoint) as saver:
         run.resume(checkpoints, world)
         saver.saved_step = run.step
         averaged, meter = _averaged(model, world), _Meter(world, clock)
+        network = cast(nn.Module, torch.compile(averaged)) if compiled else averaged
         saving, reporting = _Every(checkpoint_seconds, clock), _Every(PROGRESS_SECONDS, clock)
         agreement = _Agreement(run.step, world, clock)
         stop = False
         while run.step < num_steps and not stop:
-            generator.manual_seed(step_seed(seed, run.step))
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
-                loss = batch_loss(averaged, generator, batch, mine)
-            torch.autograd.backward(loss)
+            loss = torch.zeros((), device=world.device)
+            for part in parts:
+                generator.manual_seed(step_seed(seed, run.step))  # every part draws the whole batch
+                with _gradients_kept(averaged, unless=part is parts[-1]):
+                    with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
+                        part_loss = batch_loss(network, generator, batch, part) / accumulation
+                    torch.autograd.backward(part_loss)
+                loss += part_loss.detach()
             run.advance(learning_rate * schedule(run.step, num_steps), gamma)
             meter.add(loss)
             if run.step < min(agreement.step, num_steps):
@@ -178,6 +191,17 @@ def rank_slice(batch: int, world: World) -> slice:
         )
     share = batch // world.world_size
     return slice(world.rank * share, (world.rank + 1) * share)
+
+
+def parts_of(share: slice, accumulation: int) -> list[slice]:
+    """A rank's images in equal parts. Raises SpecInvalid where they do not divide."""
+    count, left = divmod(share.stop - share.start, accumulation)
+    if left or not count:
+        raise SpecInvalid(
+            f"accumulation: expected a divisor of {share.stop - share.start} images a process, found {accumulation};"
+            " change it or the batch"
+        )
+    return [slice(start, start + count) for start in range(share.start, share.stop, count)]
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -380,6 +404,14 @@ def _averaged(model: nn.Module, world: World) -> nn.Module:
         # torch 2.13 renames the argument; its new name does not exist in torch 2.9.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _gradients_kept(averaged: nn.Module, unless: bool) -> contextlib.AbstractContextManager[None]:
+    """Gradients add up on this rank and are not averaged over all yet, `unless` they are complete."""
+    if unless or not isinstance(averaged, DistributedDataParallel):
+        return contextlib.nullcontext()
+    kept: contextlib.AbstractContextManager[None] = averaged.no_sync()
+    return kept
 
 
 def _save_last(saver: Saver, checkpoint: Checkpoint, stop: bool) -> None:

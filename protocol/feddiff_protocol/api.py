@@ -105,7 +105,7 @@ NonNegative = Annotated[Quantity, Field(ge=0), _decimal_schema(">= 0.0")]
 Share = Annotated[Quantity, Field(gt=0, lt=1), _decimal_schema("> 0.0", "< 1.0")]
 Delta = Share
 ShareOrNothing = Annotated[Quantity, Field(ge=0, lt=1), _decimal_schema(">= 0.0", "< 1.0")]
-PixelValue = Annotated[Quantity, Field(ge=0, le=1), _decimal_schema(">= 0.0", "<= 1.0")]
+ZeroToOne = Annotated[Quantity, Field(ge=0, le=1), _decimal_schema(">= 0.0", "<= 1.0")]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=63)]
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
 Overlay = Annotated[dict[str, Any], Field(default_factory=dict)]
@@ -445,20 +445,21 @@ _FIELDS_OF_ONE = {
     "moment_clip_norm": (Mechanism.SUMMARY,),
     "mean_share": (Mechanism.SUMMARY,),
     "centre": (Mechanism.SUMMARY,),
+    "frequency_power": (Mechanism.SUMMARY,),
     "variance_guess": (Mechanism.SUMMARY, Mechanism.PRIVUNIT),
 }
 
 
 class PrivacySpec(Wire):
-    """One promise: (epsilon, delta) per unit, by a mechanism that has to be named. Clip norms, centre and
-    variance guess are constants chosen without looking at the data. Nothing here can change."""
+    """One promise: (epsilon, delta) per unit, by a mechanism that has to be named. Clip norms, centre, frequency
+    power and variance guess are constants chosen without looking at the data. Nothing here can change."""
 
     model_config = _rules(
         ("(self.mechanism == 'summary') == has(self.momentClipNorm)", "momentClipNorm goes with mechanism summary"),
         ("self.mechanism == 'gaussian' || !has(self.pixels)", "pixels goes with mechanism gaussian"),
         (
-            "self.mechanism == 'summary' || !(has(self.meanShare) || has(self.centre))",
-            "meanShare and centre go with mechanism summary",
+            "self.mechanism == 'summary' || !(has(self.meanShare) || has(self.centre) || has(self.frequencyPower))",
+            "meanShare, centre and frequencyPower go with mechanism summary",
         ),
         (
             "self.mechanism != 'gaussian' || !has(self.varianceGuess)",
@@ -504,8 +505,13 @@ class PrivacySpec(Wire):
         description="summary, needed there: largest norm of an image minus its class's noisy mean, in [0, 1] units",
     )
     mean_share: Share | None = Field(None, description="summary: share of μ² that the mean gets; 0.5 unless said")
-    centre: PixelValue | None = Field(
+    centre: ZeroToOne | None = Field(
         None, description="summary: pixel value that stands for the mean of a class of fewer than 20 records; 0.5"
+    )
+    frequency_power: ZeroToOne | None = Field(
+        None,
+        description="summary: power of frequency, 0 to 1, by which fine detail counts more in an image minus its"
+        " class's noisy mean, before that is clipped; the same for all records. 0 unless said",
     )
     variance_guess: Positive | None = Field(
         None, description="summary, privunit: public guess of a pixel's variance in [0, 1] units, weighs owners; 0.05"
@@ -554,6 +560,10 @@ class PrivacySpec(Wire):
     @property
     def centre_or_default(self) -> Decimal:
         return self.centre if self.centre is not None else Decimal("0.5")
+
+    @property
+    def frequency_power_or_default(self) -> Decimal:
+        return self.frequency_power if self.frequency_power is not None else Decimal(0)
 
     @property
     def variance_guess_or_default(self) -> Decimal:

@@ -4,6 +4,7 @@ The same document goes to `kubectl apply` and to `feddiff run`. Numbers that car
 strings, so that no value changes on its way through JSON; every list and string is bounded.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,6 +13,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -95,6 +97,17 @@ def _true_or_false(value: object) -> object:
     return value
 
 
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """YAML can say more than JSON, in which documents reach stages and API server: dates, infinity, numbers as keys."""
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise ValueError(f"expected what JSON can hold, found {_shortened(value)}; quote keys and dates")
+    return value
+
+
 WHOLE = BeforeValidator(_whole_number)  # after the bounds, which a schema would lose behind it
 Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 Quantity = Annotated[
@@ -108,7 +121,7 @@ ShareOrNothing = Annotated[Quantity, Field(ge=0, lt=1), _decimal_schema(">= 0.0"
 ZeroToOne = Annotated[Quantity, Field(ge=0, le=1), _decimal_schema(">= 0.0", "<= 1.0")]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=63)]
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
-Overlay = Annotated[dict[str, Any], Field(default_factory=dict)]
+Overlay = Annotated[dict[str, Any], AfterValidator(_as_json), Field(default_factory=dict)]
 
 
 class Metadata(Wire):

@@ -38,7 +38,7 @@ spec:
     epsilon: "10"             # per image, of this job's one release from each owner
     delta: "1e-5"
     # Public constants: choose them without looking at the records (`feddiff check` tells their owner the effect).
-    clipNorm: "12"            # largest Euclidean norm of an image with pixels in [0, 1]; longer ones are scaled down
+    clipNorm: "20"            # largest Euclidean norm of an image with pixels in [0, 1]; longer ones are scaled down
     momentClipNorm: "8"       # the same for an image minus the mean of its class
   diffusion: {{splitSigma: "0.25"}}
   shared: {{images: 2000000, batch: 256, replicas: 1}}

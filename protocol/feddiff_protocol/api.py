@@ -4,6 +4,7 @@ The same document goes to `kubectl apply` and to `feddiff run`. Numbers that car
 strings, so that no value changes on its way through JSON; every list and string is bounded.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,6 +13,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -95,6 +97,17 @@ def _true_or_false(value: object) -> object:
     return value
 
 
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """YAML can say more than JSON, in which documents reach stages and API server: dates, infinity, numbers as keys."""
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise ValueError(f"expected what JSON can hold, found {_shortened(value)}; quote keys and dates")
+    return value
+
+
 WHOLE = BeforeValidator(_whole_number)  # after the bounds, which a schema would lose behind it
 Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 Quantity = Annotated[
@@ -105,10 +118,10 @@ NonNegative = Annotated[Quantity, Field(ge=0), _decimal_schema(">= 0.0")]
 Share = Annotated[Quantity, Field(gt=0, lt=1), _decimal_schema("> 0.0", "< 1.0")]
 Delta = Share
 ShareOrNothing = Annotated[Quantity, Field(ge=0, lt=1), _decimal_schema(">= 0.0", "< 1.0")]
-PixelValue = Annotated[Quantity, Field(ge=0, le=1), _decimal_schema(">= 0.0", "<= 1.0")]
+ZeroToOne = Annotated[Quantity, Field(ge=0, le=1), _decimal_schema(">= 0.0", "<= 1.0")]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=63)]
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
-Overlay = Annotated[dict[str, Any], Field(default_factory=dict)]
+Overlay = Annotated[dict[str, Any], AfterValidator(_as_json), Field(default_factory=dict)]
 
 
 class Metadata(Wire):
@@ -445,20 +458,21 @@ _FIELDS_OF_ONE = {
     "moment_clip_norm": (Mechanism.SUMMARY,),
     "mean_share": (Mechanism.SUMMARY,),
     "centre": (Mechanism.SUMMARY,),
+    "frequency_power": (Mechanism.SUMMARY,),
     "variance_guess": (Mechanism.SUMMARY, Mechanism.PRIVUNIT),
 }
 
 
 class PrivacySpec(Wire):
-    """One promise: (epsilon, delta) per unit, by a mechanism that has to be named. Clip norms, centre and
-    variance guess are constants chosen without looking at the data. Nothing here can change."""
+    """One promise: (epsilon, delta) per unit, by a mechanism that has to be named. Clip norms, centre, frequency
+    power and variance guess are constants chosen without looking at the data. Nothing here can change."""
 
     model_config = _rules(
         ("(self.mechanism == 'summary') == has(self.momentClipNorm)", "momentClipNorm goes with mechanism summary"),
         ("self.mechanism == 'gaussian' || !has(self.pixels)", "pixels goes with mechanism gaussian"),
         (
-            "self.mechanism == 'summary' || !(has(self.meanShare) || has(self.centre))",
-            "meanShare and centre go with mechanism summary",
+            "self.mechanism == 'summary' || !(has(self.meanShare) || has(self.centre) || has(self.frequencyPower))",
+            "meanShare, centre and frequencyPower go with mechanism summary",
         ),
         (
             "self.mechanism != 'gaussian' || !has(self.varianceGuess)",
@@ -504,8 +518,13 @@ class PrivacySpec(Wire):
         description="summary, needed there: largest norm of an image minus its class's noisy mean, in [0, 1] units",
     )
     mean_share: Share | None = Field(None, description="summary: share of μ² that the mean gets; 0.5 unless said")
-    centre: PixelValue | None = Field(
+    centre: ZeroToOne | None = Field(
         None, description="summary: pixel value that stands for the mean of a class of fewer than 20 records; 0.5"
+    )
+    frequency_power: ZeroToOne | None = Field(
+        None,
+        description="summary: power of frequency, 0 to 1, by which fine detail counts more in an image minus its"
+        " class's noisy mean, before that is clipped; the same for all records. 0 unless said",
     )
     variance_guess: Positive | None = Field(
         None, description="summary, privunit: public guess of a pixel's variance in [0, 1] units, weighs owners; 0.05"
@@ -554,6 +573,10 @@ class PrivacySpec(Wire):
     @property
     def centre_or_default(self) -> Decimal:
         return self.centre if self.centre is not None else Decimal("0.5")
+
+    @property
+    def frequency_power_or_default(self) -> Decimal:
+        return self.frequency_power if self.frequency_power is not None else Decimal(0)
 
     @property
     def variance_guess_or_default(self) -> Decimal:

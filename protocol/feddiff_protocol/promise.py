@@ -189,5 +189,5 @@ NOT_COVERED = (
     "an owner's personal denoiser, its samples and the owner report: not private, they stay in the owner's store",
     "several images of one person: the unit of the promise is the image",
     "that an owner took part, when it did, and how long its stages ran",
-    "clip norms, centre and variance guess, if somebody chose them by looking at the data",
+    "clip norms, centre, frequency power and variance guess, if somebody chose them by looking at the data",
 )

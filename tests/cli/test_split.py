@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from feddiff import scaffold
 from feddiff.documents import load_job
 from feddiff.main import _exit_code, app
 from feddiff.split import clip_norm, job_text
@@ -96,4 +98,14 @@ def test_images_whose_second_moments_are_too_many_get_the_papers_mechanism() -> 
 
 
 def test_clip_norms_are_those_of_init_at_28_by_28() -> None:
-    assert (str(clip_norm(784, 3)), str(clip_norm(784, 2))) == ("12", "8")
+    privacy = list(yaml.safe_load_all(scaffold.job_text(2)))[-1]["spec"]["privacy"]
+    assert (privacy["clipNorm"], privacy["momentClipNorm"]) == (clip_norm(784, 5), clip_norm(784, 2))
+    answer = {"classes": {"count": 10, "names": []}, "records": {"a": [2], "b": [2]}, "holdout": 0}
+    summary = job_text(answer | {"image": {"channels": 1, "height": 28, "width": 28}})
+    assert 'clipNorm: "20"' in summary and 'momentClipNorm: "8"' in summary
+
+
+def test_what_is_noised_once_an_image_is_clipped_lower() -> None:
+    answer = {"classes": {"count": 10, "names": []}, "records": {"a": [2], "b": [2]}, "holdout": 0}
+    gaussian = job_text(answer | {"image": {"channels": 1, "height": 112, "width": 112}})
+    assert f"mechanism: {Mechanism.GAUSSIAN}" in gaussian and 'clipNorm: "48"' in gaussian

@@ -1,7 +1,9 @@
 """What a document may say: faults come back as SpecInvalid with path, expectation and finding, and nothing else."""
 
 import copy
+import datetime
 import json
+import math
 from decimal import Decimal
 from typing import Any
 
@@ -248,6 +250,12 @@ def test_a_mutated_document_is_valid_or_spec_invalid_and_nothing_else(document: 
         assert len(str(error)) > len("fuzzed: ")
     else:
         assert parse_document(parsed.to_wire(), "again") == parsed
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, {1: 2}, datetime.date(2026, 11, 29)])
+def test_an_overlay_holds_what_json_can_hold(value: Any) -> None:
+    with pytest.raises(SpecInvalid, match=r"podTemplate: .*expected what JSON can hold, found .*quote keys and dates"):
+        parse_document(changed(JOB, "spec.shared.podTemplate", {"spec": value}), "x")
 
 
 # ---- numbers, flags and null as the API server reads them ------------------------------------------------------

@@ -61,6 +61,15 @@ def test_a_large_class_is_centred_by_its_own_mean(tmp_path: Path) -> None:
     assert answer["clips"][1]["touched"] == 1  # the mean has norm 3.03: all lie within 0.03 of it but one, 0.57 away
 
 
+def test_a_summarys_clip_is_tried_as_the_map_leaves_images(tmp_path: Path) -> None:
+    """A flat image has norm 2 about the constant; where fine detail counts more, a flat one counts less."""
+    answer = check(spec(tmp_path, images_of_norm(0, 4), [0, 1], privacy=summary(momentClipNorm="1.9")))
+    weighed = check(
+        spec(tmp_path, images_of_norm(0, 4), [0, 1], privacy=summary(momentClipNorm="1.9", frequencyPower="0.5"))
+    )
+    assert (answer["clips"][1]["touched"], weighed["clips"][1]["touched"]) == (2, 0)
+
+
 def test_a_clip_in_minus_one_to_one_units_is_tried_in_those_units(tmp_path: Path) -> None:
     privacy = {"mechanism": "gaussian", "epsilon": "10", "delta": "1e-5", "clipNorm": "1", "pixels": "minusOneToOne"}
     answer = check(spec(tmp_path, images_of_norm(0, 2, 4), [0, 0, 1], privacy=privacy))

@@ -5,6 +5,7 @@ The data: four classes of 8×8 images, a bright column at a class's own place, t
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from feddiff_protocol.errors import DataInvalid, InputMissing
 from feddiff_protocol.stages import EvaluateSpec, ReleaseSpec
 from feddiff_trainer import evaluate, release
 from feddiff_trainer.evaluation import Evaluation
-from feddiff_trainer.pooling import OwnerSummary, packed
+from feddiff_trainer.pooling import OwnerSummary, packed, unmapped
 from feddiff_trainer.stores import open_store
 
 Uint8 = np.ndarray[Any, np.dtype[np.uint8]]
@@ -234,6 +235,15 @@ def test_without_noise_a_summary_gives_back_the_covariance_of_its_class() -> Non
     for label, x_ND in enumerate(x_KND):
         expected_DD = torch.cov(x_ND.T, correction=0)
         torch.testing.assert_close(evaluate.noisy_covariance(summary, label), expected_DD)
+    map_DD = torch.diag(torch.tensor([0.5, 1.0, 1.0, 1.5, 2.0], dtype=torch.float64))
+    through_map = replace(
+        summary,
+        moment_sums_KM=torch.stack([packed(map_DD @ moment_DD @ map_DD) for moment_DD in moments]),
+        map_DD=map_DD,
+    )
+    for label, x_ND in enumerate(x_KND):
+        found_DD = unmapped(evaluate.noisy_covariance(through_map, label), through_map)
+        torch.testing.assert_close(found_DD, torch.cov(x_ND.T, correction=0))
 
 
 def test_the_released_column_is_the_same_every_time(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pooling against the Gaussian behind the summaries: unbiased, weighed by precision, positive with its trace kept."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import inf, sqrt
 
 import pytest
@@ -251,6 +252,48 @@ def test_own_sums_stand_exact_for_the_release_at_home_and_help_the_classes_that_
             found.append([float(error) for error in errors])
     noisy, better = torch.tensor(released).mean(0), torch.tensor(at_home).mean(0)
     assert better[0] < 0.7 * noisy[0] and better[1] < 0.5 * noisy[1] and better[2] < 0.9 * noisy[2]
+
+
+MAP = torch.tensor([[0.6, -0.1, 0.0], [-0.1, 1.5, 0.2], [0.0, 0.2, 2.0]], dtype=torch.float64)
+
+
+def mapped_summary_of(x_ND: Tensor, moment_std: float, generator: torch.Generator) -> OwnerSummary:
+    """The same of one class, by a map P and next to no noise on the mean."""
+    plain = summary_of([x_ND], 1e-9, 1e-9, generator)
+    moment_M = packed(MAP @ unpacked(plain.moment_sums_KM[0], VALUES) @ MAP)
+    noised_M = moment_M + moment_std * noise(len(moment_M), generator)
+    return replace(plain, moment_sums_KM=noised_M[None], moment_std=moment_std, map_DD=MAP)
+
+
+@pytest.mark.parametrize("count", [10, 60])
+def test_what_was_mapped_before_its_release_pools_to_the_images_own_moments(count: int) -> None:
+    """About the constant and about the class's own mean."""
+    generator = torch.Generator().manual_seed(16)
+    x_ND = records(count, generator)
+    plain, through_map = summary_of([x_ND], 1e-9, 1e-9, generator), mapped_summary_of(x_ND, 1e-9, generator)
+    for expected, found in zip(pool([plain], 0.03), pool([through_map], 0.03), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+    forgotten = pool([replace(through_map, map_DD=None)], 0.03)[1]  # mutant: as if it had not been mapped
+    assert (forgotten - pool([plain], 0.03)[1]).norm() > 0.02
+
+
+def test_noise_is_smaller_where_the_map_is_larger() -> None:
+    generator = torch.Generator().manual_seed(17)
+    x_ND = records(60, generator)
+    truth_DD, found = 4 * torch.cov(x_ND.T), {"plain": [], "mapped": []}
+    for _ in range(200):
+        noised = summary_of([x_ND], 1e-9, 0.4, generator), mapped_summary_of(x_ND, 0.4, generator)
+        for name, owner in zip(found, noised, strict=True):
+            found[name].append((pool([owner], 0.03)[1][0] - truth_DD).square())
+    plain_DD, mapped_DD = (torch.stack(errors).mean(0) for errors in found.values())
+    assert mapped_DD[2, 2] < 0.5 * plain_DD[2, 2] and mapped_DD[0, 0] > 1.5 * plain_DD[0, 0]
+
+
+def test_an_owners_own_sums_are_mapped_as_its_release_is() -> None:
+    x_ND = records(60, torch.Generator().manual_seed(18))
+    released = mapped_summary_of(x_ND, 3.0, torch.Generator().manual_seed(19))
+    exact = exact_summary(x_ND, torch.zeros(60, dtype=torch.long), released)
+    torch.testing.assert_close(pool([released], 0.03, at_home={0: exact})[1][0] / 4, torch.cov(x_ND.T))
 
 
 def test_exact_sums_of_one_owner_alone_give_the_moments_of_its_records() -> None:

@@ -18,6 +18,7 @@ from feddiff_protocol.privunit import best_cap
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import JobReference, ReleaseReference, ReleaseSpec
 from feddiff_trainer import released, shards
+from feddiff_trainer.frequencies import frequency_weighing
 from feddiff_trainer.mechanisms import centres, pack_symmetric
 from feddiff_trainer.pooling import OwnerSummary
 from feddiff_trainer.release import release
@@ -51,11 +52,11 @@ def diffusion(mechanism: str) -> DiffusionSpec:
 class Released:
     """One release in a folder, and what its reader was told."""
 
-    def __init__(self, folder: Path, mechanism: str, normals: Callable[[tuple[int, ...]], Any]) -> None:
+    def __init__(self, folder: Path, mechanism: str, normals: Callable[[tuple[int, ...]], Any], **changes: Any) -> None:
         generator = np.random.default_rng(0)
         self.images_ND, self.labels_N = generator.uniform(0, 1, (37, 16)), np.repeat([0, 1], COUNTS)
         np.savez(folder / "train.npz", images=self.images_ND.reshape(37, 4, 4), labels=self.labels_N)
-        self.privacy, self.diffusion = privacy(mechanism), diffusion(mechanism)
+        self.privacy, self.diffusion = privacy(mechanism, **changes), diffusion(mechanism)
         self.promise = promise_of(self.privacy, self.diffusion)
         owner, self.store = FolderStore(f"file://{folder}/owner"), FolderStore(f"file://{folder}/federation")
         spec = ReleaseSpec(
@@ -164,6 +165,19 @@ def test_summary_comes_back_with_its_public_constants(tmp_path: Path) -> None:
     centres_KD = centres(read.mean_sums_KD.numpy(), np.array(COUNTS), 0.5)
     for k in range(2):
         u_ND = clipped(noiseless.images_ND[noiseless.labels_N == k] - centres_KD[k], 1.5)
+        np.testing.assert_allclose(read.moment_sums_KM[k], pack_symmetric(u_ND.T @ u_ND), atol=read.moment_std / 512)
+
+
+def test_a_summary_that_was_mapped_comes_back_with_its_map(tmp_path: Path) -> None:
+    """The clip comes last, so that what is noised has norm 1.5 at most."""
+    weighed = Released(tmp_path, "summary", np.zeros, frequency_power=Decimal("0.5"))
+    read = weighed.read()
+    assert isinstance(read, OwnerSummary) and read.map_DD is not None
+    map_DD = frequency_weighing(0.5, 1, 4, 4)
+    np.testing.assert_array_equal(read.map_DD, map_DD)
+    centres_KD = centres(read.mean_sums_KD.numpy(), np.array(COUNTS), 0.5)
+    for k in range(2):
+        u_ND = clipped((weighed.images_ND[weighed.labels_N == k] - centres_KD[k]) @ map_DD, 1.5)
         np.testing.assert_allclose(read.moment_sums_KM[k], pack_symmetric(u_ND.T @ u_ND), atol=read.moment_std / 512)
 
 

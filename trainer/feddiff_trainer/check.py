@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from feddiff_protocol.api import ClassesSpec, ImageSpec, Mechanism, PrivacySpec, SourceSpec, Wire
 
 from .answering import answered
+from .frequencies import frequency_map
 from .records import Records, read_records
 from .shards import layouts
 
@@ -53,7 +54,10 @@ def check(spec: CheckSpec) -> dict[str, Any]:
         "clips": [],
     }
     if spec.privacy is not None:
-        answer |= {"clips": _clips(records, norms_N, spec.privacy), "released": _released(spec, spec.privacy)}
+        answer |= {
+            "clips": _clips(records, norms_N, spec.privacy, spec.image),
+            "released": _released(spec, spec.privacy),
+        }
     return answer
 
 
@@ -87,7 +91,9 @@ def _norms_and_range(records: Records) -> tuple[NDArray[np.float64], list[float]
     return np.concatenate(norms), [low, high]
 
 
-def _clips(records: Records, norms_N: NDArray[np.float64], privacy: PrivacySpec) -> list[dict[str, Any]]:
+def _clips(
+    records: Records, norms_N: NDArray[np.float64], privacy: PrivacySpec, image: ImageSpec
+) -> list[dict[str, Any]]:
     """How many images each of the job's clip norms would scale down; privunit scales the others up."""
     clipped_N = norms_N
     if not privacy.clips_non_negative_pixels:
@@ -96,8 +102,8 @@ def _clips(records: Records, norms_N: NDArray[np.float64], privacy: PrivacySpec)
     if privacy.mechanism is Mechanism.PRIVUNIT:
         clips[0]["raised"] = int((clipped_N < float(privacy.clip_norm)).sum())
     if privacy.moment_clip_norm is not None:
-        centre = float(privacy.centre_or_default)
-        clips.append(_clip("momentClipNorm", str(privacy.moment_clip_norm), _centred_norms(records, centre)))
+        centre, map_DD = float(privacy.centre_or_default), frequency_map(privacy, image)
+        clips.append(_clip("momentClipNorm", str(privacy.moment_clip_norm), _centred_norms(records, centre, map_DD)))
     return clips
 
 
@@ -105,8 +111,9 @@ def _clip(field: str, norm: str, norms_N: NDArray[np.float64]) -> dict[str, Any]
     return {"field": field, "norm": norm, "touched": int((norms_N > float(norm)).sum())}
 
 
-def _centred_norms(records: Records, centre: float) -> NDArray[np.float64]:
-    """Norms of images minus their class's mean; without the noise that the release's own mean carries."""
+def _centred_norms(records: Records, centre: float, map_DD: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """Norms of images minus their class's mean, mapped as before the clip; without the noise that the release's own
+    mean carries."""
     num_classes = int(records.labels_N.max()) + 1
     counts_K = np.bincount(records.labels_N, minlength=num_classes)
     sums_KD = np.zeros((num_classes, records[:1].shape[1]))
@@ -114,8 +121,8 @@ def _centred_norms(records: Records, centre: float) -> NDArray[np.float64]:
         np.add.at(sums_KD, records.labels_N[rows], pixels_ND)
     means_KD = sums_KD / np.maximum(counts_K, 1)[:, None]
     means_KD[counts_K < FEW_RECORDS] = centre
-    norms = [np.linalg.norm(x_ND - means_KD[records.labels_N[rows]], axis=1) for rows, x_ND in _batches(records)]
-    return np.concatenate(norms)
+    apart = (x_ND - means_KD[records.labels_N[rows]] for rows, x_ND in _batches(records))
+    return np.concatenate([np.linalg.norm(u if map_DD is None else u @ map_DD, axis=1) for u in apart])
 
 
 def _released(spec: CheckSpec, privacy: PrivacySpec) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from .evaluation import ARMS, MEASURES, REAL, ArmQuality, Evaluation, Measured, 
 from .metrics import ImageSet, Measures, Quality, measure_quality, minority_classes
 from .owner_page import Gallery, OwnerReport, owner_page
 from .pictures import LabelledImages, Pixels, grid, read_samples, to_pixels
-from .pooling import CENTRED_FROM, OwnerSummary, project_keeping_trace, unpacked
+from .pooling import CENTRED_FROM, OwnerSummary, mapped, project_keeping_trace, unmapped, unpacked
 from .records import Records, digest_records, read_holdout, read_source
 from .released import GaussianRelease, PrivunitRelease, Release, Terms, read_releases
 from .report import class_name
@@ -320,6 +320,7 @@ def _summary_pictures(
     drawn_ND = mean_D[None]
     if len(mean_D) <= LARGEST_DRAWN:
         covariance_DD = project_keeping_trace(noisy_covariance(release, label), floor=1e-6 * len(mean_D))
+        covariance_DD = unmapped(covariance_DD, release)
         values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
         noise_ND = torch.randn(PICTURED - 1, len(mean_D), dtype=torch.float64, generator=generator)
         draws_ND = mean_D + (noise_ND * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
@@ -328,11 +329,12 @@ def _summary_pictures(
 
 
 def noisy_covariance(release: OwnerSummary, label: int) -> torch.Tensor:
-    """S2/n, less the offset of the noisy mean from the centre that the moment is about; as noisy as it was released."""
+    """S2/n, less the offset of the noisy mean from the centre that the moment is about; as noisy, and as mapped, as it
+    was released."""
     count = float(release.counts_K[label])
     mean_D = release.mean_sums_KD[label] / count
     centre_D = mean_D.clamp(0, 1) if count >= CENTRED_FROM else torch.full_like(mean_D, release.centre)
-    offset_D = mean_D - centre_D
+    offset_D = mapped((mean_D - centre_D)[None], release)[0]
     return unpacked(release.moment_sums_KM[label] / count, len(mean_D)) - torch.outer(offset_D, offset_D)
 
 

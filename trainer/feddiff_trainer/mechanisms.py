@@ -152,8 +152,8 @@ class Summary:
     """What leaves the owner, float64 in [0, 1] units, on the public grids: exactly the numbers that are written.
 
     mean_sums_KD: Σ of clipped images + N(0, mean_std²), a multiple of grid_step(mean_std) in int32.
-    moment_sums_KM: Σ of packed (x - m̃)(x - m̃)ᵀ + N(0, moment_std²), likewise. counts_K: the public numbers of records;
-    a class without any has rows of zeros.
+    moment_sums_KM: Σ of packed uuᵀ, u = P(x - m̃), + N(0, moment_std²), likewise. counts_K: the public numbers of
+    records; a class without any has rows of zeros.
     """
 
     mean_sums_KD: Float64
@@ -173,12 +173,15 @@ def release_summary(
     moment_std: float,
     normals: Normals,
     min_records_for_centre: int = 20,
+    map_DD: Float64 | None = None,
 ) -> Summary:
     """The noisy sums S1 and second moments S2 of every class. docs/method.md, `summary`.
 
     The centre of S2 is computed from S1 after its rounding, that is from the released numbers alone: S2 is a Gaussian
-    mechanism with a public parameter, and the two compose adaptively to μ² = 2·C1²/s1² + 2·C2⁴/s2². Raises DataInvalid
-    for pixels outside [0, 1] or labels outside the classes, ValueError for a norm or noise that is not positive.
+    mechanism with a public parameter, and the two compose adaptively to μ² = 2·C1²/s1² + 2·C2⁴/s2². map_DD: a public
+    symmetric map P that x - m̃ goes through before its clip (frequencies.py); the clip comes last, so nothing changes.
+    Raises DataInvalid for pixels outside [0, 1] or labels outside the classes, ValueError for a norm or noise that is
+    not positive.
     """
     _check_scales(
         mean_clip_norm=mean_clip_norm, moment_clip_norm=moment_clip_norm, mean_std=mean_std, moment_std=moment_std
@@ -186,7 +189,7 @@ def release_summary(
     counts_K = _counts(labels_N, num_classes)
     mean_sums_KD = _with_noise(_mean_sums(pixels, labels_N, num_classes, mean_clip_norm), mean_std, counts_K, normals)
     centres_KD = centres(mean_sums_KD, counts_K, centre, min_records_for_centre)
-    moment_sums_KM = _moment_sums(pixels, labels_N, centres_KD, moment_clip_norm)
+    moment_sums_KM = _moment_sums(pixels, labels_N, centres_KD, moment_clip_norm, map_DD)
     return Summary(mean_sums_KD, _with_noise(moment_sums_KM, moment_std, counts_K, normals), counts_K)
 
 
@@ -208,13 +211,16 @@ def _mean_sums(pixels: Pixels, labels_N: Int64, num_classes: int, clip_norm: flo
     return sums_KD
 
 
-def _moment_sums(pixels: Pixels, labels_N: Int64, centres_KD: Float64, clip_norm: float) -> Float64:
-    """Packed Σ uuᵀ of every class, u = x - m̃, ‖u‖ ≤ C2; a replaced record moves it by at most √2·C2²."""
+def _moment_sums(
+    pixels: Pixels, labels_N: Int64, centres_KD: Float64, clip_norm: float, map_DD: Float64 | None
+) -> Float64:
+    """Packed Σ uuᵀ of every class, u = P(x - m̃), ‖u‖ ≤ C2; a replaced record moves it by at most √2·C2²."""
     num_classes, width = centres_KD.shape
     sums_KM = np.zeros((num_classes, width * (width + 1) // 2))
     for pixels_ND, starts, classes in _by_class(pixels, labels_N):
         lengths = np.diff(starts, append=len(pixels_ND))
-        u_ND = clip_l2(pixels_ND - np.repeat(centres_KD[classes], lengths, axis=0), clip_norm)
+        apart_ND = pixels_ND - np.repeat(centres_KD[classes], lengths, axis=0)
+        u_ND = clip_l2(apart_ND if map_DD is None else apart_ND @ map_DD, clip_norm)
         for k, start, length in zip(classes, starts, lengths, strict=True):
             u_nD = u_ND[start : start + length]
             sums_KM[k] += pack_symmetric(u_nD.T @ u_nD)

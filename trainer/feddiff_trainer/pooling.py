@@ -28,7 +28,8 @@ class OwnerSummary:
 
     mean_sums_KD: sums of clipped images plus N(0, mean_std²). moment_sums_KM: packed sums of (x - m̃)(x - m̃)ᵀ clipped
     to moment_clip_norm, plus N(0, moment_std²). counts_K: the public numbers of records. centre: what stood for m̃
-    where a class has fewer than CENTRED_FROM records.
+    where a class has fewer than CENTRED_FROM records. map_DD: the public symmetric map P that x - m̃ went through before
+    its clip, the same at all owners, so that moment_sums_KM are of P(x - m̃); None: none.
     """
 
     mean_sums_KD: Tensor
@@ -38,6 +39,7 @@ class OwnerSummary:
     moment_std: float
     moment_clip_norm: float
     centre: float
+    map_DD: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,24 @@ def pool(
     precision_K = torch.tensor([precision for _, _, precision in pooled], dtype=torch.float64)
     traces = TRACE_FLOOR * variance_guess * means_KD.shape[1], largest_trace(known)
     shrunk_KDD = shrink_to_shared(own_KDD, precision_K, own_covariance_weight, released_precision, *traces)
-    covariances_KDD = torch.stack([project_keeping_trace(c_DD, *traces) for c_DD in shrunk_KDD])
+    projected_KDD = torch.stack([project_keeping_trace(c_DD, *traces) for c_DD in shrunk_KDD])
+    covariances_KDD = unmapped(projected_KDD, owners[0])  # until here as mapped, where their noise is white
     # A mean of pixels lies in [0, 1]; clipping to a convex set that holds the truth only brings it closer.
     return 2 * means_KD.clamp(0, 1) - 1, 4 * covariances_KDD
+
+
+def unmapped(covariances_KDD: Tensor, owner: Owner) -> Tensor:
+    """P⁻¹·Σ·P⁻¹: covariances of images, from those of the mapped ones that the owners released."""
+    if isinstance(owner, OwnerMoments) or owner.map_DD is None:
+        return covariances_KDD
+    inverse_DD: Tensor = torch.linalg.inv(owner.map_DD)
+    images_KDD: Tensor = inverse_DD @ covariances_KDD @ inverse_DD
+    return images_KDD
+
+
+def mapped(x_nD: Tensor, owner: OwnerSummary) -> Tensor:
+    """P·x of every row."""
+    return x_nD if owner.map_DD is None else x_nD @ owner.map_DD
 
 
 def largest_trace(owners: Iterable[Owner]) -> float:
@@ -141,7 +158,7 @@ def exact_summary(x_ND: Tensor, label_N: Tensor, released: OwnerSummary) -> Owne
     for k in range(len(released.counts_K)):
         x_nD = x_ND[label_N == k].double()
         centre_D = x_nD.mean(dim=0) if len(x_nD) >= CENTRED_FROM else torch.full_like(x_ND[0], released.centre)
-        u_nD = x_nD - centre_D.double()
+        u_nD = mapped(x_nD - centre_D.double(), released)
         mean_sums.append(x_nD.sum(dim=0))
         moment_sums.append(packed(u_nD.T @ u_nD))
     return replace(
@@ -232,6 +249,8 @@ class PooledMean:
 def owner_covariance(owner: OwnerSummary, k: int, pooled: PooledMean) -> Tensor:
     """One owner's estimate of a class's covariance Σ from S2/n, whose centre was not the class's mean. [0, 1] units.
 
+    Both are of images as mapped: PΣP, and every term below between P and P.
+
     For n records x with mean x̄, S2/n = (1/n)Σ(x - x̄)(x - x̄)ᵀ + (x̄ - m̃)(x̄ - m̃)ᵀ + noise, up to the clip.
     - m̃ = clip(S1/n, 0, 1): the first term has expectation (1 - 1/n)·Σ, the second that of the noise in m̃, which
       expected_centre_error knows in closed form. What the noise really was is not used: the owner's x̄ - m̃ is
@@ -251,7 +270,7 @@ def owner_covariance(owner: OwnerSummary, k: int, pooled: PooledMean) -> Tensor:
             len(offset_D), dtype=torch.float64
         )
         share = pooled.sampling_share
-    return (moment_DD - error_DD) / max(1 - share, 0.5)
+    return (moment_DD - mapped(mapped(error_DD, owner).T, owner)) / max(1 - share, 0.5)
 
 
 def expected_centre_error(mean_D: Tensor, std: float) -> Tensor:

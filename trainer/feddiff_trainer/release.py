@@ -23,6 +23,7 @@ from feddiff_protocol.manifest import Manifest, Seal, ShardReference, shard_name
 from feddiff_protocol.promise import Promise, cap_of, check_size, promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseSpec
 
+from .frequencies import frequency_map
 from .mechanisms import Int64, release_gaussian_on_grid, release_summary, shuffled_order
 from .noise import Float64, Normals, os_entropy_normals
 from .privunit import release_privunit_on_grid
@@ -215,6 +216,7 @@ def _summary_shard(spec: ReleaseSpec, promise: Promise, records: Records, normal
         mean_std=promise.mean_std,
         moment_std=promise.moment_std,
         normals=normals,
+        map_DD=frequency_map(spec.privacy, spec.image),
     )
     steps = grid_steps(promise, schedule_of(spec.diffusion))
     (shard_layout,) = layouts(promise.mechanism, spec.image, spec.classes.records)

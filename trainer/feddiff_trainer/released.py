@@ -21,6 +21,7 @@ from feddiff_protocol.promise import Promise, cap_of, promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseReference
 
 from .fetching import ALONE, fetched_once
+from .frequencies import frequency_map
 from .noise import from_grid
 from .pooling import OwnerSummary
 from .shards import HEADER_BYTES, Integers, Layout, decode, grid_steps, layouts, num_shards
@@ -228,6 +229,7 @@ def _summary(manifest: Manifest, promise: Promise, shards: Sequence[dict[str, In
     (sums,) = shards
     privacy, steps = manifest.privacy, manifest.grid_steps
     assert promise.mean_std is not None and promise.moment_std is not None and privacy.moment_clip_norm is not None
+    map_DD = frequency_map(privacy, manifest.image)
     return OwnerSummary(
         mean_sums_KD=torch.from_numpy(_values(sums["mean_sums"], steps.mean_sums)),
         moment_sums_KM=torch.from_numpy(_values(sums["moment_sums"], steps.moment_sums)),
@@ -236,6 +238,7 @@ def _summary(manifest: Manifest, promise: Promise, shards: Sequence[dict[str, In
         moment_std=promise.moment_std,
         moment_clip_norm=float(privacy.moment_clip_norm),
         centre=float(privacy.centre_or_default),
+        map_DD=None if map_DD is None else torch.from_numpy(map_DD),
     )
 
 

@@ -155,7 +155,9 @@ def attack_sentence(promise: Promise) -> str:
 def clip_sentence(spec: ReportSpec | TrainSharedSpec) -> str:
     privacy = spec.privacy
     if privacy.mechanism is Mechanism.SUMMARY:
-        return f"{privacy.clip_norm}, minus its class's noisy mean {privacy.moment_clip_norm} (pixels in [0, 1])"
+        power = privacy.frequency_power_or_default
+        units = f"pixels in [0, 1]{f'; fine detail counts more, by frequency^{power}' if power else ''}"
+        return f"{privacy.clip_norm}, minus its class's noisy mean {privacy.moment_clip_norm} ({units})"
     if privacy.mechanism is Mechanism.PRIVUNIT:
         return f"{privacy.clip_norm}: every image is scaled to it (pixels in [0, 1])"
     return f"{privacy.clip_norm} (pixels in {'[0, 1]' if privacy.clips_non_negative_pixels else '[-1, 1]'})"

@@ -15,6 +15,7 @@ from feddiff_protocol.promise import Promise, cap_of, promise_of, schedule_of
 from feddiff_protocol.stages import ReleaseSpec
 
 from .attacks import matched_filter
+from .frequencies import finest_waves, frequency_map
 from .mechanisms import clip_l2, pack_symmetric
 from .noise import Float64, Normals
 from .privunit import directions
@@ -90,20 +91,25 @@ def _mean_sums(spec: ReleaseSpec, promise: Promise) -> Part:
 
 
 def _moment_sums(spec: ReleaseSpec, promise: Promise) -> Part:
-    """The second moment alone: one record is fewer than a centre of its own takes, so u = x - c, c the constant."""
+    """The second moment alone: one record is fewer than a centre of its own takes, so u = P(x - c), c the constant."""
     assert promise.mu is not None and promise.moment_std is not None and spec.privacy.moment_clip_norm is not None
     clip_norm, std = float(spec.privacy.moment_clip_norm), promise.moment_std
     centre = float(spec.privacy.centre_or_default)
     farthest = 1.0 if centre <= 0.5 else 0.0
     image = _image_of(2 * (clip_norm / (farthest - centre)) ** 2, spec.image)
-    first_D, second_D = (np.where(half_D > 0, farthest, centre) for half_D in _halves(image.dimensions))
-    moved = [clip_l2(x_D[None] - centre, clip_norm)[0] for x_D in (first_D, second_D)]
+    map_DD = frequency_map(spec.privacy, image)
+    if map_DD is None or centre in (0, 1):  # no wave has room about black: halves, as mapped not quite orthogonal
+        apart = [(farthest - centre) * half_D for half_D in _halves(image.dimensions)]
+    else:
+        apart = [min(centre, 1 - centre) * wave_D for wave_D in finest_waves(image)]
+    map_DD = np.eye(image.dimensions) if map_DD is None else map_DD
+    moved = [clip_l2(x_D[None] @ map_DD, clip_norm)[0] for x_D in apart]
     clean_M, other_M = (pack_symmetric(np.outer(u_D, u_D)) for u_D in moved)
     return Part(
         f"{MATCHED_FILTER}, second moments",
         "moment_sums",
         image,
-        (first_D, second_D),
+        (centre + apart[0], centre + apart[1]),
         lambda x_TM: matched_filter(x_TM, clean_M, other_M, std),
         promise.mu * math.sqrt(1 - spec.privacy.mean_share_or_default),
     )

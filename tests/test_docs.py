@@ -22,15 +22,19 @@ import feddiff
 from feddiff import cluster_budgets, cluster_jobs, store_checks
 from feddiff import main as command
 from feddiff.documents import LocalJob, load_documents, load_job
+from feddiff.experiment import check_budgets
+from feddiff.experiment_file import load_experiment
 from feddiff.local_ledger import LocalLedger, read_ledger
 from feddiff.plan_report import plan_document, plan_report
 from feddiff.run_folder import RunFolder
 from feddiff.scaffold import job_text, write_scaffold
+from feddiff.split import owners_text
 from feddiff.views import ledger_document, ledger_of, run_document, run_status
 from feddiff_operator.workloads import check_overlay
 from feddiff_protocol import errors, ledger_objects
 from feddiff_protocol.access import Role
 from feddiff_protocol.api import API_VERSION, FederatedDiffusionJob, parse_document
+from feddiff_protocol.baselines import Baseline
 from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, FeddiffError, SpecInvalid
 from feddiff_protocol.plan import Observed, plan
 from feddiff_protocol.promise import promise_of
@@ -43,7 +47,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 CLI = (DOCS / "cli.md").read_text()
 EXIT_CODES = (DOCS / "exit-codes.md").read_text()
-EXAMPLE_FOLDERS = sorted({path.parent for path in (ROOT / "examples").rglob("*.yaml")})
+EXPERIMENTS = sorted((ROOT / "examples" / "experiments").glob("*.yaml"))  # no documents
+EXAMPLE_FOLDERS = sorted({path.parent for path in (ROOT / "examples").rglob("*.yaml") if path not in EXPERIMENTS})
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 
 
@@ -594,6 +599,46 @@ def planned_jobs(files: list[Path]) -> list[str]:
 def test_every_job_of_the_examples_gives_a_plan(folder: Path, tmp_path: Path) -> None:
     files = [Path(shutil.copy(file, tmp_path)) for file in sorted(folder.glob("*.yaml"))]
     assert planned_jobs(files)
+
+
+def prepared(experiment: Path, folder: Path) -> Path:
+    """The experiment's file in `folder` beside the datasets of every seed, as the script beside it makes them."""
+    seeds = yaml.safe_load(experiment.read_text())["seeds"]
+    counts = ([5000] * 5 + [50] * 5, [50] * 5 + [5000] * 5)
+    split = {
+        "image": {"channels": 1, "height": 14, "width": 14},
+        "classes": {"count": 10, "names": []},
+        "records": {f"client-{number}": of_client for number, of_client in enumerate(counts)},
+        "holdout": 9500,
+    }
+    owners = {
+        "digits": (ROOT / "examples" / "digits" / "owners.yaml").read_text(),
+        "fashion-mnist": owners_text(split),
+    }[experiment.stem]
+    for seed in seeds:
+        for name in ("digits", "split"):
+            (folder / f"{name}-{seed}").mkdir()
+            (folder / f"{name}-{seed}" / "owners.yaml").write_text(owners)
+    return Path(shutil.copy(experiment, folder))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_of_the_examples_is_admitted(experiment: Path, tmp_path: Path) -> None:
+    loaded = load_experiment(prepared(experiment, tmp_path))
+    check_budgets(loaded.units, tmp_path / "out")
+    arms = {unit.baseline for unit in loaded.units}
+    assert set(Baseline) <= arms and None in arms
+    spec = {unit.job.document.spec.network for unit in loaded.units}
+    assert len(spec) == 1, "every arm has the same network"
+    lengths = {unit.job.document.spec.personal.images for unit in loaded.units}
+    assert lengths == {unit.job.document.spec.shared.images for unit in loaded.units} and len(lengths) == 1
+
+
+def test_the_scripts_and_files_of_the_experiments_agree_on_seeds() -> None:
+    for experiment in EXPERIMENTS:
+        seeds = yaml.safe_load(experiment.read_text())["seeds"]
+        (listed,) = re.findall(r"for seed in ([\d ]+);", experiment.with_suffix(".sh").read_text())
+        assert [int(seed) for seed in listed.split()] == seeds
 
 
 @pytest.mark.parametrize("num_owners", [1, 2, 26])

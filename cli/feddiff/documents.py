@@ -99,7 +99,7 @@ def load_documents(files: Sequence[Path]) -> Documents:
     jobs: list[FederatedDiffusionJob] = []
     passed_over: list[str] = []
     for file in files:
-        for where, value in _read(file):
+        for where, value in read_yaml(file):
             if _is_foreign(value):
                 passed_over.append(value["kind"])
                 continue
@@ -135,7 +135,7 @@ def resolved(document: PrivateDataset, folder: Path) -> LocalDataset:
     return LocalDataset(document.model_copy(update={"spec": spec}))
 
 
-def _read(file: Path) -> Iterator[tuple[str, Any]]:
+def read_yaml(file: Path) -> Iterator[tuple[str, Any]]:
     """Each document of a file with the words that name it in a message."""
     try:
         if file.stat().st_size > LARGEST_FILE_BYTES:

@@ -90,6 +90,7 @@ class Setting:
     num_processes: int = field(default_factory=usable_cores)
     cores: int = field(default_factory=usable_cores)
     command_line: str = ""
+    seed: int | None = None  # an experiment's, of what follows the releases
     start_attempt: StartAttempt = field(default_factory=StartProcess)
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
@@ -139,10 +140,10 @@ def run_job(job: LocalJob, folder: RunFolder, setting: Setting) -> Outcome:
             " 'feddiff[diffusers]', or use unet"
         )
     with folder.locked():
-        uid = folder.begin(job)
+        uid = folder.begin(job, setting.seed)
         ledgers = {client: LocalLedger(dataset) for client, dataset in job.datasets.items()}
         if _gave_everything_back(uid, ledgers):
-            uid = folder.begin_anew(job)
+            uid = folder.begin_anew(job, setting.seed)
         stop_orphans(folder.path / "stages", setting.grace_seconds)
         return _Engine(job, folder, uid, ledgers, setting).run()
 
@@ -410,11 +411,12 @@ class _Engine:
             return release_spec(job, uid, client, self._dataset(client), self.places, attempt)
         releases = releases_that_count(observed, self.counted)
         if start.stage is Stage.TRAIN_SHARED:
-            return train_shared_spec(job, uid, self.job.first_dataset.document, releases, self.places, attempt)
+            first = self.job.first_dataset.document
+            return train_shared_spec(job, uid, first, releases, self.places, attempt, self.setting.seed)
         if start.stage is Stage.REPORT:
             return self._report_spec(releases, attempt)
-        shared, dataset = self._shared_denoiser_sha256(), self._dataset(client)
-        return owner_stage_spec(start.stage, job, uid, client, dataset, releases, shared, self.places, attempt)
+        shared, dataset, seed = self._shared_denoiser_sha256(), self._dataset(client), self.setting.seed
+        return owner_stage_spec(start.stage, job, uid, client, dataset, releases, shared, self.places, attempt, seed)
 
     def _dataset(self, client: str) -> PrivateDataset:
         """The client's dataset under the uid that its ledger gave it: it names the release."""

@@ -283,6 +283,57 @@ def run(
     _tell_outcome(outcome, run_folder.path, files, as_json)
 
 
+@app.command(short_help="A grid of jobs on this machine, with its table and figure.")
+def experiment(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML that names job, datasets, arms, grid and seeds.")],
+    folder: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIR", help="Where it goes; experiments/<FILE's name> beside FILE.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes at a time; default: one per core.")] = None,
+    table_only: Annotated[
+        bool, typer.Option("--table-only", help="Run nothing: table and figure of the rows that are there.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run every arm, for every cell of a grid, with every seed, and draw the table and the figure of what is measured.
+
+    Every run is a release of its own, charged as usual; a budget that does not hold them all is refused before anything
+    starts. Stopped or crashed? The same command goes on where it was. What was measured on all owners' records comes
+    together in one folder: it is for records that one person may see.
+    """
+    from .engine import Setting, carriers
+    from .experiment import read_rows, run_experiment
+    from .experiment_file import load_experiment
+    from .experiment_table import write_results
+    from .processes import stop_requests
+    from .progress import display, json_logger
+
+    out = folder or file.resolve().parent / "experiments" / file.stem
+    if table_only:
+        rows = read_rows(out)
+    else:
+        loaded = load_experiment(file)
+        print("feddiff: NOT PRIVATE: rows, table and figure show what was measured on every owner", file=sys.stderr)
+        with (
+            carriers(EngineName.LOCAL, processes, None, None) as given,
+            display(as_json) as shown,
+            stop_requests() as stop,
+        ):
+            command_line = shlex.join(["feddiff", *sys.argv[1:]])
+            setting = Setting(reporter=shown, command_line=command_line, stop_requested=stop, **given)
+            try:
+                rows = run_experiment(loaded, out, setting, lambda unit, *of: shown.run_begun(unit.label, *of))
+            except FeddiffError as error:
+                _tell_stop(error, out, as_json)
+                raise
+    written = write_results(rows, out)
+    if as_json:
+        json_logger().info("finished", folder=str(out), rows=len(rows), files=[str(path) for path in written])
+        return
+    for path in written:
+        print(f"wrote {path}")
+
+
 def _documents(files: Sequence[Path]) -> "Documents":
     """What the files hold; what of it is for a cluster alone is named, in one line."""
     from .documents import load_documents
@@ -295,7 +346,7 @@ def _documents(files: Sequence[Path]) -> "Documents":
 
 
 def _tell_stop(error: FeddiffError, folder: Path, as_json: bool) -> None:
-    """The last event of a run that did not come to its end."""
+    """The last event of a run, or of an experiment, that did not come to its end."""
     from .progress import json_logger
 
     if as_json:

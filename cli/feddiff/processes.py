@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from feddiff_protocol.baselines import AnyBaselineSpec, BaselineSpec
 from feddiff_protocol.errors import FINAL_EXIT_CODES
 from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import AnyStageSpec, TrainSharedSpec
@@ -32,19 +33,21 @@ INTERRUPTED = 75
 MESSAGE_LENGTH = 500
 PR_SET_PDEATHSIG = 1
 
-StageCommand = Callable[[AnyStageSpec, Path], list[str]]
+AnySpec = AnyStageSpec | AnyBaselineSpec
+StageCommand = Callable[[AnySpec, Path], list[str]]
 
 
-def stage_command(spec: AnyStageSpec, spec_path: Path) -> list[str]:
+def stage_command(spec: AnySpec, spec_path: Path) -> list[str]:
     """The process that carries out `spec`; the shared denoiser's ranks go through torchrun."""
     world_size = num_processes(spec)
     launch: Sequence[str] = ()
     if world_size > 1:
         launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}")
-    return [sys.executable, *launch, "-m", spec.stage.module, str(spec_path)]
+    module = spec.module if isinstance(spec, BaselineSpec) else spec.stage.module
+    return [sys.executable, *launch, "-m", module, str(spec_path)]
 
 
-def num_processes(spec: AnyStageSpec) -> int:
+def num_processes(spec: AnySpec) -> int:
     if isinstance(spec, TrainSharedSpec) and spec.shared.denoiser == "trained":
         return spec.shared.world_size
     return 1
@@ -126,7 +129,7 @@ class StartAttempt(Protocol):
     slots it takes, threads for each of its processes, and the time."""
 
     def __call__(
-        self, key: StageKey, attempt: int, folder: Path, spec: AnyStageSpec, slots: int, threads: int, now: float
+        self, key: StageKey, attempt: int, folder: Path, spec: AnySpec, slots: int, threads: int, now: float
     ) -> Attempt: ...
 
 
@@ -163,7 +166,7 @@ class StartProcess:
     command: StageCommand = stage_command
 
     def __call__(
-        self, key: StageKey, attempt: int, folder: Path, spec: AnyStageSpec, slots: int, threads: int, now: float
+        self, key: StageKey, attempt: int, folder: Path, spec: AnySpec, slots: int, threads: int, now: float
     ) -> Attempt:
         (folder / "exits").mkdir(exist_ok=True)
         with (folder / "stderr.log").open("ab") as stderr, (folder / "stdout.log").open("ab") as stdout:

@@ -22,6 +22,8 @@ class Display(Protocol):
     def stage_started(self, key: StageKey, attempt: int) -> None: ...
     def stage_progress(self, key: StageKey, done: int, total: int, unit: str) -> None: ...
     def stage_ended(self, key: StageKey, seen: StageObserved) -> None: ...
+    def run_begun(self, label: str, done: int, total: int) -> None:
+        """Of an experiment: which run begins, how many are done, of how many."""
 
 
 def display(as_json: bool) -> Display:
@@ -99,6 +101,10 @@ class Lines:
         said = {"exitCode": seen.exit_code, "message": seen.message} if seen.phase is StagePhase.FAILED else {}
         self._logger.info("stage-ended", **_named(key), attempt=seen.attempt, phase=seen.phase.value, **said)
 
+    def run_begun(self, label: str, done: int, total: int) -> None:
+        self._said, self._phase = {}, None
+        self._logger.info("run-begun", run=label, done=done, total=total)
+
 
 def _named(key: StageKey) -> dict[str, str]:
     stage, client = key
@@ -124,6 +130,7 @@ class Bars:
             auto_refresh=False,  # its refreshing thread would make starting processes unsafe
         )
         self._tasks: dict[StageKey, TaskID] = {}
+        self._runs: TaskID | None = None
         self._phase: JobPhase | None = None
 
     def __enter__(self) -> "Bars":
@@ -155,6 +162,14 @@ class Bars:
         self._progress.console.print(f"  {mark} {label(key)}", highlight=False)
         if seen.phase is StagePhase.FAILED:
             self._console.print(f"    exit code {seen.exit_code}: {seen.message}", markup=False, highlight=False)
+
+    def run_begun(self, label: str, done: int, total: int) -> None:
+        self._phase = None
+        if self._runs is None:
+            self._runs = self._progress.add_task("runs", total=total)
+        self._progress.update(self._runs, completed=done)
+        self._progress.console.print(f"[{done + 1}/{total}] {label}", markup=False, highlight=False)
+        self._progress.refresh()
 
 
 @contextmanager

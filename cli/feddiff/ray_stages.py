@@ -20,9 +20,17 @@ from typing import Any
 
 from feddiff_protocol.errors import ConfigurationInvalid, Interrupted, UsageInvalid
 from feddiff_protocol.plan import StageKey
-from feddiff_protocol.stages import AnyStageSpec, Stage
+from feddiff_protocol.stages import Stage
 
-from .processes import INTERRUPTED, Attempt, StageCommand, dying_with_its_parent, num_processes, stage_environment
+from .processes import (
+    INTERRUPTED,
+    AnySpec,
+    Attempt,
+    StageCommand,
+    dying_with_its_parent,
+    num_processes,
+    stage_environment,
+)
 from .run_folder import replace_file
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
@@ -82,7 +90,7 @@ def _join(address: str, processes: int | None) -> None:
 # ---- Attempts ----------------------------------------------------------------------------------------------------
 
 
-def rank_command(spec: AnyStageSpec, spec_path: Path) -> list[str]:
+def rank_command(spec: AnySpec, spec_path: Path) -> list[str]:
     """The process of one rank."""
     return [sys.executable, "-m", spec.stage.module, str(spec_path)]
 
@@ -97,7 +105,7 @@ class StartOnRay:
     command: StageCommand = rank_command
 
     def __call__(
-        self, key: StageKey, attempt: int, folder: Path, spec: AnyStageSpec, slots: int, threads: int, now: float
+        self, key: StageKey, attempt: int, folder: Path, spec: AnySpec, slots: int, threads: int, now: float
     ) -> Attempt:
         """Raises ConfigurationInvalid where the ranks can never have a GPU each."""
         num_ranks = num_processes(spec)

@@ -19,7 +19,7 @@ from uuid import uuid4
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, Wire, parse
 from feddiff_protocol.errors import InputMissing, Interrupted, OutputFailed, SpecInvalid
 from feddiff_protocol.plan import StageKey, Status
-from feddiff_protocol.stages import Receipt, Stage
+from feddiff_protocol.stages import Receipt, Seed, Stage
 
 from .documents import LocalDataset, LocalJob, local_job
 
@@ -32,6 +32,7 @@ class RunRecord(Wire):
     uid: str
     job: FederatedDiffusionJob
     datasets: tuple[PrivateDataset, ...]  # source paths absolute
+    seed: Seed | None = None  # of a run that belongs to an experiment
 
 
 class RunFolder:
@@ -42,9 +43,9 @@ class RunFolder:
 
     # -- identity
 
-    def begin(self, job: LocalJob) -> str:
+    def begin(self, job: LocalJob, seed: int | None = None) -> str:
         """The job's uid, drawn at the first call. Raises SpecInvalid when the run is of another job or promise."""
-        fresh = RunRecord(uid=uuid4().hex, job=job.document, datasets=_documents(job))
+        fresh = RunRecord(uid=uuid4().hex, job=job.document, datasets=_documents(job), seed=seed)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             created = create_file(self.path / "run.json", _json(fresh.to_wire()))
@@ -57,9 +58,9 @@ class RunFolder:
         self._replace_record(fresh.model_copy(update={"uid": known.uid}))
         return known.uid
 
-    def begin_anew(self, job: LocalJob) -> str:
+    def begin_anew(self, job: LocalJob, seed: int | None = None) -> str:
         """A new uid for a run that gave back all it had reserved: it starts as a new job."""
-        fresh = RunRecord(uid=uuid4().hex, job=job.document, datasets=_documents(job))
+        fresh = RunRecord(uid=uuid4().hex, job=job.document, datasets=_documents(job), seed=seed)
         self._replace_record(fresh)
         return fresh.uid
 
@@ -179,7 +180,7 @@ class RunFolder:
 # What a receipt must hash for the next stage to trust it.
 OUTPUTS = {Stage.RELEASE: "manifest", Stage.TRAIN_SHARED: "denoiser"}
 
-_FIXED_PARTS = ("name or namespace", "clients", "privacy", "diffusion", "datasets")
+_FIXED_PARTS = ("name or namespace", "clients", "privacy", "diffusion", "datasets", "seed")
 
 
 def _fixed_parts(record: RunRecord) -> tuple[object, ...]:
@@ -187,7 +188,7 @@ def _fixed_parts(record: RunRecord) -> tuple[object, ...]:
     data = [
         (d.metadata.namespace, d.metadata.name, d.spec.source, d.spec.image, d.spec.classes) for d in record.datasets
     ]
-    return (metadata.name, metadata.namespace), job.clients, job.privacy, job.diffusion, data
+    return (metadata.name, metadata.namespace), job.clients, job.privacy, job.diffusion, data, record.seed
 
 
 def _documents(job: LocalJob) -> tuple[PrivateDataset, ...]:

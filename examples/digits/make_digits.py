@@ -1,6 +1,6 @@
 """Scikit-learn's scanned digits as three owners' records: every class common at one owner, rare at two.
 
-    python examples/digits/make_digits.py OUT
+    python examples/digits/make_digits.py OUT [SEED]
 
 writes OUT/clinic-{a,b,c}/{train,holdout}.npz. 1,797 scans of 8×8: 112 of a class go to the owner where it is
 common, 5 to each of the others, the rest (about 55 per class) is held out for evaluation by all.
@@ -32,10 +32,10 @@ def split_digits(seed: int = SEED) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return {owner: np.concatenate(shares) for owner, shares in held.items()}, np.concatenate(rest)
 
 
-def main(out: Path) -> None:
+def main(out: Path, seed: int = SEED) -> None:
     digits = load_digits()
     pixels = (digits.images / 16).astype(np.float32)  # scans have 17 grey values, 0 to 16
-    owners, held_out = split_digits()
+    owners, held_out = split_digits(seed)
     for owner, indices in owners.items():
         folder = out / owner
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,4 +44,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

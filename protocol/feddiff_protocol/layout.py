@@ -96,3 +96,8 @@ def audit(job_uid: str, client: str) -> str:
 
 def exports_prefix(job_uid: str, client: str) -> str:
     return f"{owner_prefix(job_uid, client)}exports/"
+
+
+# The folder of a baseline, in an experiment
+def measured_baseline(job_uid: str, client: str) -> str:
+    return f"{owner_prefix(job_uid, client)}measured.json"

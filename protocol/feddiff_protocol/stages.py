@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .api import (
+    WHOLE,
     ClassesSpec,
     ComputeSpec,
     DiffusionSpec,
@@ -33,6 +34,7 @@ RECEIPT_BYTES = 4096  # what /dev/termination-log keeps
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Uri = Annotated[str, Field(pattern=r"^(s3|file)://.+$", max_length=512)]
+Seed = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 
 
 class Stage(StrEnum):
@@ -66,6 +68,17 @@ class StageSpec(Wire):
     attempt: Annotated[int, Field(ge=1)]
 
 
+class SeededSpec(StageSpec):
+    """What follows a release draws from a seed: initial weights, batches, samples, the classifier that measures. Only
+    experiments give one. A release has none: its noise is the operating system's."""
+
+    seed: Seed | None = None
+
+    @property
+    def seed_or_zero(self) -> int:
+        return self.seed or 0
+
+
 class ReleaseSpec(StageSpec):
     stage: Literal[Stage.RELEASE] = Stage.RELEASE
     client: Name
@@ -79,7 +92,7 @@ class ReleaseSpec(StageSpec):
     federation_store: Uri
 
 
-class TrainSharedSpec(StageSpec):
+class TrainSharedSpec(SeededSpec):
     stage: Literal[Stage.TRAIN_SHARED] = Stage.TRAIN_SHARED
     releases: Annotated[tuple[ReleaseReference, ...], Field(min_length=1)]
     image: ImageSpec
@@ -93,7 +106,7 @@ class TrainSharedSpec(StageSpec):
     federation_store: Uri
 
 
-class OwnerStageSpec(StageSpec):
+class OwnerStageSpec(SeededSpec):
     """What every stage after the release has in common on the owner's side."""
 
     client: Name
@@ -221,10 +234,12 @@ def train_shared_spec(
     releases: tuple[ReleaseReference, ...],
     places: Places,
     attempt: int,
+    seed: int | None = None,
 ) -> TrainSharedSpec:
     return TrainSharedSpec(
         job=job_reference(job, uid),
         attempt=attempt,
+        seed=seed,
         releases=releases,
         image=dataset.spec.image,
         num_classes=dataset.spec.classes.count,
@@ -248,11 +263,13 @@ def owner_stage_spec(
     shared_denoiser_sha256: str,
     places: Places,
     attempt: int,
+    seed: int | None = None,
 ) -> TrainPersonalSpec | SampleSpec | EvaluateSpec:
     """The spec of train-personal, sample or evaluate for one client."""
     common = {
         "job": job_reference(job, uid),
         "attempt": attempt,
+        "seed": seed,
         "client": client,
         "source": places.sources[client],
         "image": dataset.spec.image,

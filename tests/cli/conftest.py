@@ -104,6 +104,16 @@ class World:
         datasets = [dataset_document(owner, **self.budget) for owner in self.owners]
         return write_yaml(self.path / f"{name}.yaml", *datasets, job_document(self.owners, name, **spec))
 
+    def experiment_file(self, **fields: Any) -> Path:
+        """An experiment's file beside the datasets, which have a hold-out, and the job that it names."""
+        datasets = [dataset_document(owner, **self.budget) for owner in self.owners]
+        for owner, dataset in zip(self.owners, datasets, strict=True):
+            dataset["spec"]["source"]["holdoutPath"] = f"{owner}/train.npz"
+        write_yaml(self.path / "owners.yaml", *datasets)
+        write_yaml(self.path / "job.yaml", job_document(self.owners))
+        document = {"job": "job.yaml", "datasets": ["owners.yaml"], "arms": [{"name": "ours"}]} | fields
+        return write_yaml(self.path / "study.yaml", document)
+
     def job(self, name: str = "digits", **spec: Any) -> LocalJob:
         return load_job([self.job_file(name, **spec)])
 

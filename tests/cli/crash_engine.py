@@ -91,7 +91,7 @@ def trial(folder: Path, draw: random.Random) -> dict[str, Any]:
 
 
 def forget_uids() -> None:
-    def begin(self: run_folder.RunFolder, job: Any) -> str:
+    def begin(self: run_folder.RunFolder, job: Any, seed: int | None = None) -> str:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "run.json").write_text("{}")
         return self.begin_anew(job)

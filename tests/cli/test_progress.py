@@ -47,3 +47,16 @@ def test_lines_say_every_tenth_of_a_stage_and_how_it_ended() -> None:
     said = recorder.events[-1][1]
     assert (said["stage"], said["client"], said["attempt"], said["phase"]) == ("train-personal", "a", 2, "Failed")
     assert (said["exitCode"], said["message"]) == (74, "disk [gone]")
+
+
+def test_an_experiments_runs_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder()
+    for display in (Bars(), Lines(recorder)):
+        with display as shown:
+            for done, name in enumerate(("ours, seed 0", "ours, seed 1")):
+                shown.run_begun(name, done, 2)
+                shown.status(Status(JobPhase.TRAINING, ()))
+    err = capsys.readouterr().err
+    assert "[1/2] ours, seed 0" in err and "[2/2] ours, seed 1" in err and err.count("Training") == 2
+    begun = [fields for event, fields in recorder.events if event == "run-begun"]
+    assert begun == [{"run": "ours, seed 0", "done": 0, "total": 2}, {"run": "ours, seed 1", "done": 1, "total": 2}]

@@ -1,8 +1,10 @@
-"""One job with the trainer's own stages, from records to reports: small, but nothing in it is a stand-in."""
+"""A job and a baseline with the trainer's own stages, from records to what they leave: small, with no stand-ins."""
 
 from typing import Any
 
 from feddiff.engine import Setting, run_job
+from feddiff.experiment import run_experiment
+from feddiff.experiment_file import load_experiment
 from feddiff.run_folder import RunFolder
 from feddiff.views import report_of
 from feddiff_protocol import layout
@@ -35,3 +37,18 @@ def test_a_job_of_pure_epsilon_runs_to_its_reports_and_is_charged_once(world: An
     assert (state.spent_epsilon, state.entries[0].delta) == (4, 0)
     manifest = (folder.path / "federation" / layout.manifest(outcome.uid, "a")).read_bytes()
     assert Manifest.from_bytes(manifest, "manifest").counts == (30, 40)
+
+
+def test_a_baseline_runs_to_its_row_by_the_trainers_own_stages(world: Any) -> None:
+    world.owners = "a"
+    world.write_records()
+    fields = {f"{part}.{name}": value for part, of in world.smallest.items() for name, value in of.items()}
+    arms = [{"baseline": "fedavg", "rounds": 2, "set": fields}]
+    experiment = load_experiment(world.experiment_file(arms=arms, seeds=[3]))
+    told: list[str] = []
+    (row,) = run_experiment(experiment, world.path / "out", Setting(Quiet()), lambda unit, *of: told.append(unit.label))
+    assert told == ["fedavg, seed 3"]
+    recall = row.owners["a"]["all"]["recall"]
+    assert recall is not None and 0 <= recall <= 1
+    assert row.promise is None and row.seconds > 0 and row.versions.keys() >= {"torch", "python"}
+    assert world.ledger("a").num_releases == 0

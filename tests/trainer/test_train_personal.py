@@ -95,7 +95,7 @@ def released(folder: Path, client: str, document: dict[str, Any]) -> dict[str, s
 
 
 def own_images(spec: TrainPersonalSpec) -> tuple[Tensor, Tensor]:
-    return images_of(read_source(spec.source, spec.image, spec.classes), spec)
+    return images_of(read_source(spec.source, spec.image, spec.classes), spec.image)
 
 
 def test_it_computes_as_the_job_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

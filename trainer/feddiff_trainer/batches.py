@@ -91,6 +91,21 @@ def filling_draws(
     return draw
 
 
+def filling_records(x0_NCHW: Tensor, label_N: Tensor, sigmas: tuple[float, float], counts_K: Tensor) -> Source:
+    """What filling_draws is, with images that are there in place of draws."""
+    missing_K = (counts_K.max() - counts_K).double()
+    weight_K = missing_K if bool(missing_K.any()) else torch.ones_like(missing_K)
+    # A class comes by what it is short of, however many images of it there are.
+    num_K = torch.bincount(label_N, minlength=len(counts_K)).clamp(min=1)
+    weight_N = (weight_K / num_K)[label_N]
+
+    def draw(count: int, generator: torch.Generator) -> Batch:
+        index_B = torch.multinomial(weight_N, count, replacement=True, generator=generator)
+        return _batch(x0_NCHW[index_B], label_N[index_B], 0.0, log_normal_sigmas(count, *sigmas, generator))
+
+    return draw
+
+
 def noised_images(y_NCHW: Tensor, label_N: Tensor, split_sigma: float, highest_sigma: float) -> Source:
     """Released images y = x̃/α at the split's noise level, to be noised further: σ above the split only."""
 

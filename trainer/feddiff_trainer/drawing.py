@@ -86,6 +86,14 @@ def draw_alone(
     return drawing.sampler(generator)(denoise, levels[0] * y_NCHW, levels, label_N)
 
 
+def draw_from_split(
+    drawing: Drawing, personal: Denoise, y_NCHW: Tensor, label_N: Tensor, generator: torch.Generator
+) -> Tensor:
+    """x0_NCHW by a personal denoiser from the split alone, begun there with σ·z, which holds no image: a control."""
+    below = levels_from(drawing.levels(split=True), drawing.split_sigma)
+    return drawing.sampler(generator)(personal, below[0] * y_NCHW, below, label_N)
+
+
 def labels_of(num_classes: int, images_per_class: int) -> Tensor:
     """label_N: every class equally often, class after class."""
     return torch.arange(num_classes).repeat_interleave(images_per_class)

@@ -10,6 +10,7 @@ import hashlib
 import sys
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import ClassesSpec
+from feddiff_protocol.api import ClassesSpec, ImageSpec
 from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.promise import Promise, promise_of
 from feddiff_protocol.stages import EvaluateSpec
@@ -35,7 +36,7 @@ from .stage import report_progress, run_stage
 from .stores import Store, open_store
 from .verdicts import Audit, Export
 
-SEED = 0  # of the classifier and of draws for pictures: nothing is protected by it
+SEED = 0  # of draws for pictures: nothing is protected by it
 MEASURES_BY_KEY = {measure.key: measure for measure in MEASURES}
 COPIES = ("copies_half", "copies_third")  # of real training records, all would be
 PICTURED = 8  # images per class and column
@@ -158,23 +159,37 @@ def other_evaluations(store: Store, this: Evaluation) -> list[Evaluation]:
 # ---- Figures ---------------------------------------------------------------------------------------------------
 
 
-def minority_of(spec: EvaluateSpec) -> list[int]:
+class Measuring(Protocol):
+    """What a spec says of the images that are measured."""
+
+    @property
+    def image(self) -> ImageSpec: ...
+    @property
+    def classes(self) -> ClassesSpec: ...
+    @property
+    def seed_or_zero(self) -> int: ...
+
+
+def minority_of(spec: Measuring) -> list[int]:
     """Classes of which this owner declares few records."""
     return sorted(minority_classes(spec.classes.records))
 
 
 def measure(
-    spec: EvaluateSpec, records: Records, samples: LabelledImages, holdout: Records
+    spec: Measuring, records: Records, samples: LabelledImages, holdout: Records, real: bool = True
 ) -> tuple[Measured, dict[str, ArmQuality]]:
-    """Every arm, and the owner's own records, against the held-out ones: by one classifier, trained on those.
+    """Every arm, and if `real` the owner's own records, against the held-out ones: by one classifier, trained on
+    those.
 
     One classifier for all keeps arms comparable. It knows the held-out images, which makes all distances to them a
     little larger than they are for images that it never saw, for every arm alike.
     """
     held_out, own = image_set(holdout, spec), image_set(records, spec)
-    classifier = train_classifier(held_out.images_NCHW, held_out.labels_N, spec.classes.count, SEED)
+    classifier = train_classifier(held_out.images_NCHW, held_out.labels_N, spec.classes.count, spec.seed_or_zero)
     minority = frozenset(minority_of(spec))
-    sets = {arm: ImageSet(to_model_units(samples.images[arm]), samples.labels_N) for arm in ARMS} | {REAL: own}
+    sets = {arm: ImageSet(to_model_units(images), samples.labels_N) for arm, images in samples.images.items()}
+    if real:
+        sets[REAL] = own
     arms, quality = {}, None
     for arm, images in sets.items():
         quality = measure_quality(
@@ -187,7 +202,7 @@ def measure(
             feature_classifier=classifier,
             majority=frozenset(range(spec.classes.count)) - minority,
             minority=minority,
-            seed=SEED,
+            seed=spec.seed_or_zero,
         )
         arms[arm] = arm_quality(quality, spec.classes, left_out=COPIES if arm == REAL else ())
         report_progress(len(arms), len(sets), "arms")
@@ -197,13 +212,13 @@ def measure(
         num_train=len(records),
         num_holdout=len(holdout),
         nearest_neighbours=quality.nearest_neighbours,
-        seed=SEED,
+        seed=spec.seed_or_zero,
         extractor=f"{quality.feature_space}, trained on the held-out records",
     )
     return measured, arms
 
 
-def image_set(records: Records, spec: EvaluateSpec) -> ImageSet:
+def image_set(records: Records, spec: Measuring) -> ImageSet:
     """Records as images in [-1, 1] units."""
     shape_CHW = (spec.image.channels, spec.image.height, spec.image.width)
     return ImageSet((2 * records[:] - 1).astype(np.float32).reshape(-1, *shape_CHW), records.labels_N)

@@ -28,20 +28,23 @@ from .drawing import (
 )
 from .network import NetworkConfig
 from .stage import report_progress, run_stage
-from .stores import get_verified, open_store
+from .stores import Store, get_verified, open_store
 from .train_shared import SIGMA_DATA, image_shape, network_config, sigma_data_of
 
 
 def body(spec: SampleSpec) -> dict[str, str]:
     owner_store = open_store(spec.owner_store, "owner")
-    key = layout.personal_denoiser(spec.job.uid, spec.client)
-    personal = denoiser_from_bytes(owner_store.get(key), key, network_of(spec, SIGMA_DATA))
-    images, label_N = draw_arms(spec, read_shared(spec), personal, generator_of(spec))
+    images, label_N = draw_arms(spec, read_shared(spec), read_personal(spec, owner_store), generator_of(spec))
     if spec.output is not None:
         save_npz(spec.output, images, label_N)
     else:
         owner_store.put(layout.samples(spec.job.uid, spec.client), pack(images, label_N))
     return {}
+
+
+def read_personal(spec: SampleSpec, owner_store: Store) -> Denoise:
+    key = layout.personal_denoiser(spec.job.uid, spec.client)
+    return denoiser_from_bytes(owner_store.get(key), key, network_of(spec, SIGMA_DATA))
 
 
 def read_shared(spec: SampleSpec) -> Denoise:
@@ -58,7 +61,7 @@ def network_of(spec: SampleSpec, sigma_data: float) -> NetworkConfig:
 
 def generator_of(spec: SampleSpec) -> torch.Generator:
     """The run's own samples are the same at every attempt; further ones are new whenever they are asked for."""
-    seed = 0 if spec.output is None else int.from_bytes(os.urandom(8), "big")
+    seed = spec.seed_or_zero if spec.output is None else int.from_bytes(os.urandom(8), "big")
     return torch.Generator().manual_seed(seed)
 
 

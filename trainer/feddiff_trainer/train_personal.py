@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import ComputeSpec, Mechanism, PrivacySpec, Timeline
+from feddiff_protocol.api import ComputeSpec, ImageSpec, Mechanism, PrivacySpec, Timeline
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainPersonalSpec
 
@@ -50,7 +50,7 @@ def body(spec: TrainPersonalSpec) -> dict[str, str]:
             batch=spec.personal.batch,
             learning_rate=float(spec.personal.learning_rate),
             ema_width=EMA_WIDTH,
-            seed=0,
+            seed=spec.seed_or_zero,
             on_progress=show_progress,
             checkpoints=Checkpoints(owner_store, layout.personal_checkpoints(spec.job.uid, spec.client)),
             accumulation=spec.personal.accumulation,
@@ -62,7 +62,7 @@ def body(spec: TrainPersonalSpec) -> dict[str, str]:
 
 
 def initial_denoiser(spec: OwnerStageSpec, compute: ComputeSpec | None = None) -> Denoiser:
-    torch.manual_seed(0)  # initial weights only
+    torch.manual_seed(spec.seed_or_zero)  # initial weights only
     config = network_config(spec.network, spec.image, spec.classes.count, SIGMA_DATA)
     return new_denoiser(config, compute or ComputeSpec())
 
@@ -76,7 +76,7 @@ def source_of(
     """Own records at every noise level; with them, at high noise, the releases, unless the paper's timeline is
     asked for, whose personal denoisers see clean records only."""
     sigmas = schedule_of(spec.diffusion).sigmas
-    images_NCHW, label_N = images_of(own, spec)
+    images_NCHW, label_N = images_of(own, spec.image)
     source = records(images_NCHW.to(device), label_N.to(device), (sigmas[0], sigmas[-1]))
     if spec.personal.clip_mix:
         source = clip_mixed(source, lambda x_BCHW: clipped_images(x_BCHW, spec.privacy))
@@ -104,9 +104,9 @@ def personal_pool(spec: TrainPersonalSpec, own: Records, releases: Releases) -> 
     return ClassGaussian(*pool(owners, float(variance_guess), float(own_weight), at_home=at_home))
 
 
-def images_of(own: Records, spec: OwnerStageSpec) -> tuple[Tensor, Tensor]:
+def images_of(own: Records, image: ImageSpec) -> tuple[Tensor, Tensor]:
     """x0_NCHW in [-1, 1], float32, and label_N of an owner's records."""
-    images_NCHW = np.float32(2 * own[:] - 1).reshape(len(own), *image_shape(spec.image))
+    images_NCHW = np.float32(2 * own[:] - 1).reshape(len(own), *image_shape(image))
     return torch.from_numpy(images_NCHW), torch.from_numpy(own.labels_N)
 
 

@@ -58,7 +58,7 @@ def shared_denoiser(
     """The shared denoiser: trained, or the pooled Gaussian's own where the job asks for the closed form."""
     if spec.shared.denoiser == "closedForm":
         return pool_of(releases, spec).to(world.device)
-    torch.manual_seed(0)  # initial weights, equal on all ranks; nothing private depends on them
+    torch.manual_seed(spec.seed_or_zero)  # initial weights, equal on all ranks; nothing private depends on them
     config = network_config(spec.network, spec.image, spec.num_classes, sigma_data_of(spec))
     return train(
         new_denoiser(config, spec.compute),
@@ -68,7 +68,7 @@ def shared_denoiser(
         batch=spec.shared.batch,
         learning_rate=float(spec.shared.learning_rate),
         ema_width=EMA_WIDTH,
-        seed=0,
+        seed=spec.seed_or_zero,
         on_progress=lambda progress: show_progress_and_loss(progress, spec.shared.batch),
         on_checkpoint=lambda: tell(CHECKPOINT, time.time()),
         checkpoints=checkpoints,

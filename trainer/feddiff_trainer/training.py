@@ -105,7 +105,7 @@ def train(
     settings = {"num_images": num_images, "batch": batch, "learning_rate": learning_rate}
     settings |= {"ema_width": ema_width, "seed": seed}
     ema = copy.deepcopy(model.to(world.device)).requires_grad_(False).eval()
-    run = _Run(model.train(), ema, {name: repr(value) for name, value in settings.items()})
+    run = Run(model.train(), ema, {name: repr(value) for name, value in settings.items()})
     generator = torch.Generator(world.device)
     autocast = world.device.type == "cuda" if bfloat16 is None else bfloat16
     mine_to_keep = checkpoints if world.rank == 0 else None
@@ -248,7 +248,7 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-class _Run:
+class Run:
     """What changes from step to step, and what a checkpoint therefore holds."""
 
     def __init__(self, model: nn.Module, ema: nn.Module, settings: dict[str, str]) -> None:

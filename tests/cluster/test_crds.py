@@ -30,7 +30,8 @@ from feddiff_protocol.api import GROUP, parse_document
 from feddiff_protocol.crd import definitions
 
 ROOT = Path(__file__).parents[2]
-SAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+# The files of `feddiff experiment` are for one machine alone.
+SAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.parent.name != "experiments")
 LIMIT_BYTES = 262_144  # kubectl apply keeps the whole object in an annotation of at most this size
 
 

@@ -88,9 +88,9 @@ def measured(world: OwnFederation, jobs: dict[str, tuple[int, int]], arguments: 
     """Images per second of jobs with so many pods and such a batch, all at once for so many seconds."""
     world.apply(*(job_document(name, *job, arguments) for name, job in jobs.items()))
     uids = [world.job(name)["metadata"]["uid"] for name in jobs]
-    while not all(moments := [progress(world, uid) for uid in uids]):
+    while not all(progress(world, uid) and has_personal(world, uid) for uid in uids):
         time.sleep(1)
-    began = max(each[0][0] for each in moments)
+    began = time.time()
     time.sleep(arguments.seconds)
     moments = [progress(world, uid) for uid in uids]
     ended = min(each[-1][0] for each in moments)
@@ -98,6 +98,11 @@ def measured(world: OwnFederation, jobs: dict[str, tuple[int, int]], arguments: 
     while any(world.children(uid, "pods") for uid in uids):
         time.sleep(1)
     return sum(between(each, began, ended) for each in moments)
+
+
+def has_personal(world: OwnFederation, uid: str) -> bool:
+    """Whether the owner's personal denoiser, which would take a core meanwhile, is trained."""
+    return Stage.TRAIN_PERSONAL in {receipt.stage for receipt in world.receipts(uid)}
 
 
 def progress(world: OwnFederation, uid: str) -> list[Moment]:

@@ -24,6 +24,7 @@ import psutil
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
+from data_loading import highest_memory
 from release_speed import commit, cpu_model
 
 SIDE, NUM_CLASSES = 14, 10
@@ -79,12 +80,6 @@ def documents(folder: Path, mechanism: str, size: dict[str, int]) -> list[dict[s
     return [*datasets, kind | {"kind": "FederatedDiffusionJob", "metadata": metadata, "spec": job}]
 
 
-def peak_mebibytes(process: psutil.Process) -> int:
-    """Peak resident memory so far, as the kernel counted it."""
-    (line,) = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmHWM" in line]
-    return int(line.split()[1]) // 1024
-
-
 def watch(run: subprocess.Popen[str], peaks: dict[str, int]) -> None:
     """Largest peak of every stage's processes, for as long as the run goes on."""
     while run.poll() is None:
@@ -93,8 +88,8 @@ def watch(run: subprocess.Popen[str], peaks: dict[str, int]) -> None:
                 words = [word for word in process.cmdline() if word.startswith("feddiff_trainer.")]
                 stage = words[0].removeprefix("feddiff_trainer.").replace("_", "-") if words else None
                 if stage:
-                    peaks[stage] = max(peaks.get(stage, 0), peak_mebibytes(process))
-        except (psutil.Error, OSError, ValueError):  # it ended while it was looked at
+                    peaks[stage] = max(peaks.get(stage, 0), highest_memory(process.pid))
+        except psutil.Error:  # it ended while it was looked at
             pass
         time.sleep(0.05)
 

@@ -5,6 +5,7 @@ A stage here is `/bin/sh` writing the receipt that the real one would; what it d
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from feddiff import main as command
 from feddiff.documents import LocalJob, load_job
 from feddiff.engine import Outcome, Setting, run_job
 from feddiff.local_ledger import LedgerState, read_ledger
@@ -185,6 +187,20 @@ def receipt_of(spec: AnyStageSpec) -> Receipt:
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
+
+
+@pytest.fixture
+def feddiff(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        texts = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["feddiff", *texts])
+        code = command._exit_code(lambda: command.app(texts))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """An experiment on one machine: a row for every run, once; budgets that hold all of it, or nothing starts."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,6 @@ from urllib.parse import unquote
 import pytest
 
 from feddiff import engine, processes
-from feddiff import main as command
 from feddiff.baseline_runs import measuring_specs, training_specs
 from feddiff.engine import Setting
 from feddiff.experiment import ROWS, Row, read_rows, run_experiment
@@ -267,20 +265,12 @@ def test_an_owner_who_lets_nobody_ask_for_so_much_is_heard_before_anything_start
 
 
 @pytest.fixture
-def feddiff(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, study: Study) -> Any:
-    """Runs the command in this process, its stages being the study's; returns (exit code, stdout, stderr)."""
+def feddiff(feddiff: Any, monkeypatch: pytest.MonkeyPatch, study: Study) -> Any:
+    """The command, its stages being the study's."""
     setting = engine.Setting
     start = processes.StartProcess(study.stages)
     monkeypatch.setattr(engine, "Setting", lambda **given: setting(start_attempt=start, **given))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        texts = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["feddiff", *texts])
-        code = command._exit_code(lambda: command.app(texts))
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+    return feddiff
 
 
 def test_the_command_leaves_rows_table_and_figure_and_says_where(feddiff: Any, study: Study) -> None:

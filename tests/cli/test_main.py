@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-from feddiff import main as command
 from feddiff import processes
 from feddiff.run_folder import RunFolder
 from feddiff_protocol.promise import NOT_COVERED
@@ -21,20 +20,6 @@ CLIENT_KEYS = {
     *("client", "mechanism", "unit", "epsilon", "delta", "mu", "paperEpsilon", "attackAuc", "attackTprAt1PercentFpr"),
     *("onePixel", "releases", "split", "budgetBefore", "budgetAfter", "signalToNoiseDb"),
 }
-
-
-@pytest.fixture
-def feddiff(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, world: Any) -> Any:
-    """Runs the command in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        texts = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["feddiff", *texts])
-        code = command._exit_code(lambda: command.app(texts))
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture

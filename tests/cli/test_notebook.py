@@ -18,7 +18,6 @@ import pytest
 
 import feddiff
 from feddiff import engine, notebook, processes
-from feddiff import main as command
 from feddiff.run_folder import RunFolder
 from feddiff.tables import html_list, html_table
 from feddiff_protocol.errors import FeddiffError, InputMissing, Interrupted, PrivacyRefusal, UsageInvalid
@@ -29,15 +28,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples/notebook/digits.ipynb"
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """What the command says; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        texts = [str(argument) for argument in arguments]
-        code = command._exit_code(lambda: command.app(texts))
-        heard = capsys.readouterr()
-        return code, heard.out, heard.err
-
+def said(request: pytest.FixtureRequest) -> Callable[..., tuple[int, str, str]]:
+    """The fixture `feddiff`, under a name that leaves the module its own."""
+    run: Callable[..., tuple[int, str, str]] = request.getfixturevalue("feddiff")
     return run
 
 

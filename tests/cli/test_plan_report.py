@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
-from feddiff import main as command
-
 EXAMPLES = Path(__file__).parents[2] / "examples" / "paper"
 Plan = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Plan:
+def plan(tmp_path: Path, feddiff: Callable[..., tuple[int, str, str]]) -> Plan:
     """`feddiff plan` of an example, with other text in places; returns (exit code, stdout)."""
 
     def run(name: str, *options: str, **changes: str) -> tuple[int, str]:
@@ -27,9 +25,8 @@ def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Plan:
             text, count = re.subn(rf'{field}: "[^"]*"', f'{field}: "{value}"', text)
             assert count == 1
         job.write_text(text)
-        texts = ["plan", str(owners), str(job), *options]
-        code = command._exit_code(lambda: command.app(texts))
-        return code, capsys.readouterr().out
+        code, out, _ = feddiff("plan", owners, job, *options)
+        return code, out
 
     return run
 

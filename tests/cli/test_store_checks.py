@@ -1,14 +1,13 @@
 """`feddiff store check`: whom it asks about which store, how it answers, how it ends."""
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from feddiff import main as command
 from feddiff import store_checks
 from feddiff.scaffold import job_text
 
@@ -21,15 +20,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def feddiff(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        texts = ["store", "check", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", ["feddiff", *texts])
-        code = command._exit_code(lambda: command.app(texts))
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+def feddiff(feddiff: Run) -> Run:
+    return partial(feddiff, "store", "check")
 
 
 @pytest.fixture

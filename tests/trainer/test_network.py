@@ -57,6 +57,25 @@ def awake(model: Denoiser) -> Denoiser:
     return model
 
 
+def trained(
+    config: NetworkConfig, loss: BatchLoss, *, num_images: int, batch: int, checkpoints: Checkpoints | None = None
+) -> Denoiser:
+    """A network of `config` after these few images, from the same initial weights at every call."""
+    torch.manual_seed(0)
+    return train(
+        Denoiser(config),
+        loss,
+        world=World(0, 1, torch.device("cpu")),
+        num_images=num_images,
+        batch=batch,
+        learning_rate=1e-3,
+        ema_width=0.1,
+        seed=0,
+        on_progress=lambda progress: None,
+        checkpoints=checkpoints,
+    )
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(4, 4), (5, 7), (8, 8), (14, 14), (28, 28), (32, 32), (64, 64), (4, 33)])
 def test_estimate_has_the_shape_of_the_image(size: tuple[int, int], channels: int) -> None:
@@ -173,17 +192,7 @@ def test_a_preset_takes_one_training_step_at_its_resolution(preset: str) -> None
     generator = torch.Generator().manual_seed(6)
     shape = (2, config.image_channels, config.image_height, config.image_width)
     source = records(torch.rand(shape, generator=generator) * 2 - 1, torch.arange(2), (0.01, 80.0))
-    model = train(
-        Denoiser(config),
-        loss_of(source, 0.5),
-        world=World(0, 1, torch.device("cpu")),
-        num_images=2,
-        batch=2,
-        learning_rate=1e-3,
-        ema_width=0.1,
-        seed=0,
-        on_progress=lambda progress: None,
-    )
+    model = trained(config, loss_of(source, 0.5), num_images=2, batch=2)
     x0_BCHW = model(torch.randn(shape, generator=generator), torch.full((2,), 5.0), torch.arange(2))
     assert x0_BCHW.shape == shape and torch.isfinite(x0_BCHW).all()
     assert model.unet.out.weight.count_nonzero() > 0, "zero before the step"
@@ -275,29 +284,15 @@ def test_diffusers_unet_resumes_bit_for_bit_and_samples(of_diffusers: NetworkCon
     images_NCHW = torch.rand(shape, generator=torch.Generator().manual_seed(6)) * 2 - 1
     loss = loss_of(records(images_NCHW, torch.arange(6) % 3, (0.01, 80.0)), 0.5)
 
-    def trained(batch_loss: BatchLoss, checkpoints: Checkpoints | None = None) -> Denoiser:
-        torch.manual_seed(0)
-        return train(
-            Denoiser(of_diffusers),
-            batch_loss,
-            world=World(0, 1, torch.device("cpu")),
-            num_images=16,
-            batch=4,
-            learning_rate=1e-3,
-            ema_width=0.1,
-            seed=0,
-            on_progress=lambda progress: None,
-            checkpoints=checkpoints,
-        )
-
     def stopped(model: nn.Module, generator: torch.Generator, batch: int, mine: slice) -> Tensor:
         signal.raise_signal(signal.SIGTERM)
         return loss(model, generator, batch, mine)
 
     folder = Checkpoints(FolderStore(tmp_path.as_uri()), "run/")
     with pytest.raises(Interrupted, match="after 4 of 16 images"):
-        trained(stopped, folder)
-    resumed, uninterrupted = trained(loss, folder), trained(loss)
+        trained(of_diffusers, stopped, num_images=16, batch=4, checkpoints=folder)
+    resumed = trained(of_diffusers, loss, num_images=16, batch=4, checkpoints=folder)
+    uninterrupted = trained(of_diffusers, loss, num_images=16, batch=4)
     for name, weight in uninterrupted.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], weight), name
     read = denoiser_from_bytes(denoiser_bytes(resumed), "shared", of_diffusers)

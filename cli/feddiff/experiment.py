@@ -269,7 +269,7 @@ def _row(experiment: Experiment, unit: Unit, found: Found) -> Row:
 
 
 def promise_made(unit: Unit) -> PromiseMade | None:
-    """Of the release, or by a baseline that has none; nothing by most of these."""
+    """By the release, or by a baseline's own way; most baselines promise nothing."""
     own = unit.baseline is not None and unit.baseline.keeps_epsilon
     if unit.baseline is not None and unit.of is None and not own:
         return None

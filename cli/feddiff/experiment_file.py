@@ -305,7 +305,7 @@ def _check_pooled(arm: ArmSpec, job: LocalJob, where: str) -> None:
 
 
 def _check_dp_sgd(arm: ArmSpec, job: LocalJob, where: str) -> None:
-    """Before anything starts; that no batch is larger than an owner has records is training's to see, too."""
+    """Raises SpecInvalid, before anything starts, for what its training would refuse."""
     if arm.baseline is not Baseline.DP_SGD:
         return
     spec = job.document.spec

@@ -157,10 +157,11 @@ class Embedding(nn.Module):
     def __init__(self, num_classes: int, embedding: int) -> None:
         super().__init__()
         # Octaves of c_noise = ln(σ)/4, which spans about [-1.2, 1.3] for σ in [0.01, 157].
-        self.register_buffer("frequencies", 0.5 * math.pi * 2.0 ** torch.arange(6), persistent=False)
+        octaves = torch.tensor([0.5 * math.pi * 2.0**octave for octave in range(6)])
+        self.register_buffer("frequencies", octaves, persistent=False)
         self.noise = nn.Linear(13, embedding)
-        self.label = nn.Embedding(num_classes, embedding)
-        self.flag = zeroed(nn.Embedding(2, embedding))
+        self.label = vectors(num_classes, embedding)
+        self.flag = zeroed(vectors(2, embedding))
         self.mix = nn.Linear(embedding, embedding)
 
     def forward(self, noise_level_B: Tensor, label_B: Tensor, flag_B: Tensor) -> Tensor:
@@ -169,6 +170,12 @@ class Embedding(nn.Module):
         e_BE: Tensor = self.noise(features_BF) + self.label(label_B) + self.flag(flag_B)
         mixed_BE: Tensor = self.mix(F.silu(e_BE))
         return F.silu(mixed_BE)
+
+
+def vectors(count: int, width: int) -> nn.Embedding:
+    """Learned vectors as nn.Embedding draws them, which on the device "meta" would take two seconds to import
+    torch.compile: as long as some of our processes run."""
+    return nn.Embedding(count, width, _weight=torch.randn(count, width))
 
 
 class ConvBlock(nn.Module):

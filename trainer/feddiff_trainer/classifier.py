@@ -139,9 +139,8 @@ def initialised_network(images_NCHW: Images, num_classes: int, generator: torch.
     """A network for such images with He-normal weights and zero biases, drawn from `generator` alone."""
     _, channels, height, width = images_NCHW.shape
     centre, scale = float(images_NCHW.mean()), float(images_NCHW.std()) or 1.0
-    with torch.device("meta"):  # PyTorch's own initialisation would draw from the global generator
+    with torch.random.fork_rng(devices=[]):  # PyTorch's own initialisation draws from the global generator
         network = ClassifierNetwork((channels, height, width), num_classes, centre, scale)
-    network.to_empty(device="cpu")
     for parameter in network.parameters():
         if parameter.dim() > 1:
             nn.init.kaiming_normal_(parameter, generator=generator)

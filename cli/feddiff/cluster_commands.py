@@ -17,6 +17,7 @@ from .answers import AsJson, console, print_json, say_next
 if TYPE_CHECKING:
     from .on_cluster import Cluster
 
+KUBECTL_PLUGIN = "kubectl feddiff"
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job on the cluster: NAME, or NAMESPACE/NAME.")]
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from feddiff_protocol import ledger
 from feddiff_protocol.accountant import admits, budget_mu_squared, spent_epsilon
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
-from feddiff_protocol.errors import InputMissing, SpecInvalid, UsageInvalid
+from feddiff_protocol.errors import InputMissing, Interrupted, SpecInvalid, UsageInvalid
 from feddiff_protocol.ledger import Phase
 from feddiff_protocol.ledger_objects import account_of
 from feddiff_protocol.plan import Reason
@@ -475,7 +475,7 @@ def _attempt_state(scene: Scene, attempt: Object, pods: Sequence[Object]) -> tup
     if STOPPED in written:
         return "Stopped", str(written.get(STOPPED_BECAUSE, written[STOPPED]))
     if EXIT_CODE in written:
-        stopped = written[EXIT_CODE] in ("lost", "75")
+        stopped = written[EXIT_CODE] in ("lost", str(Interrupted.exit_code))
         return "Stopped" if stopped else "Failed", str(written.get(MESSAGE, ""))
     if words := next((words for pod in pods if (words := _pod_words(pod))), ""):
         return "Waiting", words

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from feddiff_protocol.errors import FeddiffError, Interrupted, OutputFailed, UsageInvalid
+from feddiff_protocol.errors import OUR_BUG, FeddiffError, Interrupted, OutputFailed, UsageInvalid
 
 from .cluster_commands import KUBECTL_PLUGIN, budget, logs, why
 from .owner_commands import audit, check, export, ledger, owner_init, sample
@@ -45,7 +45,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
         command()
         return 0
     except SystemExit as ended:  # how typer ends; it has printed what is wrong with a command line
-        code = ended.code if isinstance(ended.code, int) else FeddiffError.exit_code if ended.code else 0
+        code = ended.code if isinstance(ended.code, int) else OUR_BUG if ended.code else 0
         return UsageInvalid.exit_code if code == 2 else code
     except FeddiffError as error:
         for line in str(error).splitlines():

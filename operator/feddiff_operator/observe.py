@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset
-from feddiff_protocol.errors import FINAL_EXIT_CODES, SpecInvalid
+from feddiff_protocol.errors import FINAL_EXIT_CODES, Interrupted, SpecInvalid
 from feddiff_protocol.ledger import access_refusal
 from feddiff_protocol.plan import ClientObserved, Hold, Reason, StageKey, StageObserved, StagePhase
 from feddiff_protocol.promise import check_datasets
@@ -69,7 +69,6 @@ MESSAGE = "feddiff.dev/message"
 LOST, UNKNOWN = "lost", "unknown"  # taken away by the platform; ended without an exit code
 
 DEADLINES = (Reason.STAGE_DEADLINE_EXCEEDED, Reason.START_DEADLINE_EXCEEDED)
-INTERRUPTED = 75
 LONGEST_RETRY_SECONDS = 300.0
 ZOMBIE_SECONDS = 60.0  # beyond its grace period a pod that does not end is on a node that does not answer
 PREPARATION_SECONDS = 60.0  # until a pod that is not there, or not running, is worth a word
@@ -87,7 +86,7 @@ MEANING = {
     69: "a store does not answer",
     73: "output cannot be written",
     74: "an input or output error",
-    INTERRUPTED: "interrupted",
+    75: "interrupted",
     77: "privacy refusal, nothing was sent",
     78: "configuration invalid",
     137: "killed",
@@ -290,7 +289,7 @@ def _ended(job: Object, number: int, record: Mapping[str, str]) -> StageObserved
         return StageObserved(StagePhase.FAILED, number, message=words, reason=Reason(stopped))
     if stopped is not None:
         return StageObserved(StagePhase.STOPPED, number, exit_code=exit_code, message=f"stopped: {stopped}")
-    if code == LOST or exit_code == INTERRUPTED:
+    if code == LOST or exit_code == Interrupted.exit_code:
         return StageObserved(StagePhase.STOPPED, number, exit_code=exit_code, message=message)
     message = message or "its pod is gone and left neither receipt nor exit code"
     return StageObserved(StagePhase.FAILED, number, exit_code=exit_code, message=message)
@@ -385,7 +384,7 @@ def _telling(pods: Sequence[Object]) -> Object:
 
     def order(pod: Object) -> tuple[int, str]:
         code = exit_code_of(pod)
-        rank = 0 if code in FINAL_EXIT_CODES else 3 if code == INTERRUPTED else 2 if code in (137, 143) else 1
+        rank = 0 if code in FINAL_EXIT_CODES else 3 if code == Interrupted.exit_code else 2 if code in (137, 143) else 1
         return min(rank, 1) if is_out_of_memory(pod) else rank, ending_of(pod).get("finishedAt") or ""
 
     return min(pods, key=order)

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
-from feddiff_protocol.errors import PrivacyRefusal, SpecInvalid
+from feddiff_protocol.errors import ConfigurationInvalid, PrivacyRefusal, SpecInvalid
 from feddiff_protocol.ledger import Entry, Phase
 from feddiff_protocol.plan import (
     ChargeReservation,
@@ -272,7 +272,9 @@ class Reconciler:
             stages = await self._released(scene, name, ledger, stages)
         if words := self.refused.get(scene.uid, {}).get(""):
             key = (Stage.TRAIN_SHARED, "") if (Stage.TRAIN_SHARED, "") not in stages else (Stage.REPORT, "")
-            stages[key] = StageObserved(StagePhase.FAILED, 1, 1, 78, words, reason=Reason.INVALID_POD_TEMPLATE)
+            stages[key] = StageObserved(
+                StagePhase.FAILED, 1, 1, ConfigurationInvalid.exit_code, words, reason=Reason.INVALID_POD_TEMPLATE
+            )
         return Observed(
             clients=clients,
             stages=stages,
@@ -308,8 +310,8 @@ class Reconciler:
             await self.ledger.record_manifest(scene.job, scene.uid, client, manifest, ledger.entry)
         except PrivacyRefusal as refusal:
             self.recorder.record(scene.found, "SecondRelease", str(refusal), warning=True)
-            failed = StageObserved(StagePhase.FAILED, seen.attempt, seen.num_failures + 1, 77, str(refusal))
-            return {**stages, key: failed}
+            failures, code = seen.num_failures + 1, refusal.exit_code
+            return {**stages, key: StageObserved(StagePhase.FAILED, seen.attempt, failures, code, str(refusal))}
         return stages
 
     async def _stop_what_is_overdue(self, scene: "_Scene") -> float | None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from feddiff import engine, notebook
 from feddiff import main as command
 from feddiff.documents import LocalJob, load_job
 from feddiff.engine import Outcome, Setting, run_job
@@ -187,6 +188,18 @@ def receipt_of(spec: AnyStageSpec) -> Receipt:
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
+
+
+@pytest.fixture
+def in_the_trainers_place(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeStages], FakeStages]:
+    """The command, and `feddiff.run`, start the given stages instead of the trainer."""
+
+    def put(stages: FakeStages) -> FakeStages:
+        for module in (engine, notebook):
+            monkeypatch.setattr(module, "Setting", lambda **given: Setting(start_attempt=StartProcess(stages), **given))
+        return stages
+
+    return put
 
 
 @pytest.fixture

@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from release_speed import commit, cpu_model, spread
+from release_speed import spread
 
+from feddiff.experiment import commit, cpu_model
 from feddiff_protocol.api import ImageSpec, parse
 from feddiff_protocol.errors import Interrupted
 from feddiff_protocol.layout import release_name

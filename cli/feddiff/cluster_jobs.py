@@ -15,6 +15,23 @@ from feddiff_protocol import ledger
 from feddiff_protocol.accountant import admits, budget_mu_squared, spent_epsilon
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
 from feddiff_protocol.errors import InputMissing, Interrupted, SpecInvalid, UsageInvalid
+from feddiff_protocol.labels import (
+    ATTEMPT,
+    CLIENT,
+    COMPLETION_INDEX,
+    EXIT_CODE,
+    JOB_NAME,
+    JOB_NAME_OF_POD,
+    JOB_NAMESPACE,
+    JOB_UID,
+    LOST,
+    MANAGER,
+    MESSAGE,
+    RECEIPT,
+    STAGE,
+    STOPPED,
+    STOPPED_BECAUSE,
+)
 from feddiff_protocol.ledger import Phase
 from feddiff_protocol.ledger_objects import account_of
 from feddiff_protocol.plan import Reason
@@ -25,13 +42,6 @@ from .cluster_budgets import mismatch
 from .tables import print_table, say
 
 Object = dict[str, Any]
-
-JOB_UID, JOB_NAME, JOB_NAMESPACE = "feddiff.dev/job-uid", "feddiff.dev/job", "feddiff.dev/job-namespace"
-STAGE, CLIENT, ATTEMPT = "feddiff.dev/stage", "feddiff.dev/client", "feddiff.dev/attempt"
-RECEIPT, STOPPED, STOPPED_BECAUSE = "feddiff.dev/receipt", "feddiff.dev/stopped", "feddiff.dev/stopped-because"
-EXIT_CODE, MESSAGE = "feddiff.dev/exit-code", "feddiff.dev/message"
-JOB_NAME_OF_POD = "batch.kubernetes.io/job-name"
-COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 
 SHARED_STAGES = (Stage.TRAIN_SHARED, Stage.REPORT)  # of the whole job, in its own namespace
 SHOWN_ATTEMPTS = 20
@@ -199,7 +209,7 @@ def verdict(job: Object) -> tuple[str, str, str]:
 
 def _unseen(job: Object) -> str:
     manager = job["spec"].get("managedBy")
-    if manager not in (None, "feddiff.dev/operator"):
+    if manager not in (None, MANAGER):
         return f"spec.managedBy is {manager}: feddiff's operator leaves it to that one"
     namespace = job["metadata"]["namespace"]
     return (
@@ -475,7 +485,7 @@ def _attempt_state(scene: Scene, attempt: Object, pods: Sequence[Object]) -> tup
     if STOPPED in written:
         return "Stopped", str(written.get(STOPPED_BECAUSE, written[STOPPED]))
     if EXIT_CODE in written:
-        stopped = written[EXIT_CODE] in ("lost", str(Interrupted.exit_code))
+        stopped = written[EXIT_CODE] in (LOST, str(Interrupted.exit_code))
         return "Stopped" if stopped else "Failed", str(written.get(MESSAGE, ""))
     if words := next((words for pod in pods if (words := _pod_words(pod))), ""):
         return "Waiting", words

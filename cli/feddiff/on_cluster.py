@@ -11,15 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 from feddiff_protocol.errors import ConfigurationInvalid, FeddiffError, InputMissing, UsageInvalid
+from feddiff_protocol.labels import ATTEMPT, CLIENT, JOB_NAME, JOB_NAMESPACE, JOB_UID, STAGE
 
 from .cluster_budgets import Books
 from .cluster_jobs import (
-    CLIENT,
-    JOB_NAME,
-    JOB_NAMESPACE,
-    JOB_UID,
     SHARED_STAGES,
-    STAGE,
     JobReference,
     Object,
     Scene,
@@ -395,7 +391,7 @@ def _pod_log(cluster: Cluster, attempt: Object, pod: Object) -> Object:
         "pod": metadata["name"],
         "stage": label(attempt, STAGE),
         "client": label(attempt, CLIENT),
-        "attempt": label(attempt, "feddiff.dev/attempt"),
+        "attempt": label(attempt, ATTEMPT),
         "lines": cluster.log(metadata["namespace"], metadata["name"]).splitlines(),
     }
 

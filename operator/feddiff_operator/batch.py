@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from feddiff_protocol.labels import CLIENT, COMPLETION_INDEX, JOB_NAME_OF_POD, STAGE
 from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import Stage
 
-from .workloads import CLIENT, COMPLETION_INDEX, CONTAINER, STAGE
+from .workloads import CONTAINER
 
 Object = Mapping[str, Any]
 
@@ -60,7 +61,7 @@ def time_of(text: str) -> datetime:
 
 def job_name_of(pod: Object) -> str:
     labels = labels_of(pod)
-    return str(labels.get("batch.kubernetes.io/job-name") or labels.get("job-name") or "")
+    return str(labels.get(JOB_NAME_OF_POD) or labels.get("job-name") or "")
 
 
 def pods_of(job: Object, pods: Iterable[Object]) -> list[Object]:

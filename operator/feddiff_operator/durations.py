@@ -6,9 +6,9 @@ from datetime import datetime
 from typing import Any
 
 from feddiff_protocol.errors import Interrupted
+from feddiff_protocol.labels import EXIT_CODE, LOST, RECEIPT, STAGE
 
-from .observe import EXIT_CODE, LOST, RECEIPT
-from .workloads import CONTAINER, STAGE
+from .workloads import CONTAINER
 
 Object = Mapping[str, Any]
 

@@ -20,6 +20,19 @@ from pydantic import ValidationError
 
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset
 from feddiff_protocol.errors import FINAL_EXIT_CODES, Interrupted, SpecInvalid
+from feddiff_protocol.labels import (
+    ATTEMPT,
+    CLIENT,
+    EXIT_CODE,
+    JOB_UID,
+    LOST,
+    MESSAGE,
+    RECEIPT,
+    STAGE,
+    STOPPED,
+    STOPPED_BECAUSE,
+    UNKNOWN,
+)
 from feddiff_protocol.ledger import access_refusal
 from feddiff_protocol.plan import ClientObserved, Hold, Reason, StageKey, StageObserved, StagePhase
 from feddiff_protocol.promise import check_datasets
@@ -49,24 +62,10 @@ from .batch import (
     time_of,
     was_deleted_first,
 )
-from .workloads import (
-    ATTEMPT,
-    CLIENT,
-    JOB_UID,
-    QUEUE_NAME,
-    STAGE,
-    Setting,
-    child_name,
-)
+from .workloads import QUEUE_NAME, Setting, child_name
 
 Object = Mapping[str, Any]
 
-STOPPED = "feddiff.dev/stopped"  # why we suspended it: a Reason; a deadline's makes it a failure
-STOPPED_BECAUSE = "feddiff.dev/stopped-because"  # the same in words
-RECEIPT = "feddiff.dev/receipt"
-EXIT_CODE = "feddiff.dev/exit-code"  # a number, or one of the two words below; goes with MESSAGE
-MESSAGE = "feddiff.dev/message"
-LOST, UNKNOWN = "lost", "unknown"  # taken away by the platform; ended without an exit code
 
 DEADLINES = (Reason.STAGE_DEADLINE_EXCEEDED, Reason.START_DEADLINE_EXCEEDED)
 LONGEST_RETRY_SECONDS = 300.0

@@ -15,6 +15,7 @@ from typing import Any
 
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
 from feddiff_protocol.errors import ConfigurationInvalid, PrivacyRefusal, SpecInvalid
+from feddiff_protocol.labels import CLIENT, JOB_UID, MANAGER, STAGE, STOPPED
 from feddiff_protocol.ledger import Entry, Phase
 from feddiff_protocol.plan import (
     ChargeReservation,
@@ -69,7 +70,6 @@ from .events import Recorder
 from .ledger import ClientLedger, ClusterLedger, charge_of
 from .metrics import Metrics
 from .observe import (
-    STOPPED,
     Deadline,
     children_of,
     client_observed,
@@ -88,10 +88,9 @@ from .observe import (
 from .progress import Progresses, targets
 from .settings import Settings
 from .status import ended, expires_at, job_status
-from .workloads import CLIENT, JOB_UID, STAGE, InvalidPodTemplate, Setting, check_overlay, places, stage_objects
+from .workloads import InvalidPodTemplate, Setting, check_overlay, places, stage_objects
 
 FINALIZER = "feddiff.dev/stop-pods"
-MANAGER = "feddiff.dev/operator"
 ASK_AGAIN_SECONDS = 30.0  # for what no watch tells of: a quota, a missing permission, a dataset that somebody mends
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (JOB, CONFIG_MAP, SERVICE)}
 

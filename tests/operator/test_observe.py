@@ -26,14 +26,7 @@ from batch_objects import (
     with_condition,
 )
 from feddiff_operator.observe import (
-    EXIT_CODE,
-    LOST,
     MEANING,
-    MESSAGE,
-    RECEIPT,
-    STOPPED,
-    STOPPED_BECAUSE,
-    UNKNOWN,
     children_of,
     client_observed,
     deadlines,
@@ -48,6 +41,7 @@ from feddiff_operator.observe import (
     with_recorded_release,
 )
 from feddiff_protocol import errors
+from feddiff_protocol.labels import EXIT_CODE, LOST, MESSAGE, RECEIPT, STOPPED, STOPPED_BECAUSE, UNKNOWN
 from feddiff_protocol.ledger import Account, Charge, Entry, Refusal, reserve
 from feddiff_protocol.plan import Hold, Reason, StageObserved, StagePhase
 from feddiff_protocol.stages import RECEIPT_BYTES, Stage

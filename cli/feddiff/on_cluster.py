@@ -14,7 +14,7 @@ from feddiff_protocol.errors import ConfigurationInvalid, FeddiffError, InputMis
 from feddiff_protocol.labels import ATTEMPT, CLIENT, JOB_NAME, JOB_NAMESPACE, JOB_UID, STAGE
 
 from .cluster_budgets import Books
-from .cluster_jobs import (
+from .cluster_scene import (
     SHARED_STAGES,
     JobReference,
     Object,
@@ -211,9 +211,7 @@ def read_job(cluster: Cluster, name: str) -> Object:
     namespace, name, _ = _place(cluster, name)
     found = cluster.get(JOBS, namespace, name)
     if found is None:
-        raise InputMissing(
-            f"there is no job {namespace}/{name} (context {cluster.context}); -n names another namespace"
-        )
+        raise _no_job(cluster, namespace, name)
     return found
 
 

@@ -22,6 +22,7 @@ from kubernetes.aio.config import ConfigException
 from feddiff_protocol.errors import ConfigurationInvalid, FeddiffError, Interrupted, UsageInvalid
 from feddiff_protocol.labels import JOB_UID, MANAGER, STOPPED
 
+from .aftermath import FINALIZER
 from .cluster import (
     CONFIG_MAP,
     FDJ,
@@ -38,7 +39,6 @@ from .cluster import (
     Unavailable,
 )
 from .observe import is_over, stopping
-from .reconcile import FINALIZER
 
 REASON = "Uninstalled"
 HOLDER, DRAINED = "drain", "drained"  # in the Lease: while it lasts, and afterwards

@@ -66,7 +66,6 @@ from .workloads import QUEUE_NAME, Setting, child_name
 
 Object = Mapping[str, Any]
 
-
 DEADLINES = (Reason.STAGE_DEADLINE_EXCEEDED, Reason.START_DEADLINE_EXCEEDED)
 LONGEST_RETRY_SECONDS = 300.0
 ZOMBIE_SECONDS = 60.0  # beyond its grace period a pod that does not end is on a node that does not answer
@@ -181,13 +180,6 @@ def deadlines(job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable
         if not over and not is_suspended(each) and (deadline := _deadline(job, each, own)) is not None:
             found.append(deadline)
     return found
-
-
-def overdue(
-    job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable[Object], now: datetime
-) -> list[Deadline]:
-    """The attempts to stop now, each with the deadline's annotations."""
-    return [deadline for deadline in deadlines(job, jobs, pods) if deadline.at <= now]
 
 
 def releasing_since(jobs: Iterable[Object], pods: Iterable[Object]) -> datetime | None:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -27,12 +27,12 @@ from batch_objects import (
 )
 from feddiff_operator.observe import (
     MEANING,
+    Deadline,
     children_of,
     client_observed,
     deadlines,
     is_over,
     misfit,
-    overdue,
     record_of,
     releasing_since,
     retry_at,
@@ -380,9 +380,12 @@ def test_losses_wait_too_but_what_we_stopped_goes_on_at_once() -> None:
 LIMITS = {"startSeconds": 100, "stageSeconds": 50, "trainShared": {"stageSeconds": 500}}
 
 
+def overdue(child: Object, pods: list[Object], now: datetime) -> list[Deadline]:
+    return [each for each in deadlines(job(deadlines=LIMITS), [child], pods) if each.at <= now]
+
+
 def late(child: Object, pods: list[Object], at: int) -> list[Reason]:
-    asked = job(deadlines=LIMITS)
-    return [each.reason for each in overdue(asked, [child], pods, NOW + timedelta(seconds=at))]
+    return [each.reason for each in overdue(child, pods, NOW + timedelta(seconds=at))]
 
 
 def test_an_attempt_that_runs_too_long_is_overdue() -> None:
@@ -395,7 +398,7 @@ def test_an_attempt_that_waits_too_long_is_overdue_with_the_schedulers_words() -
     child = release()
     waits = pod(child, "Pending", conditions=unscheduled())
     assert late(child, [waits], 99) == []
-    (deadline,) = overdue(job(deadlines=LIMITS), [child], [waits], NOW + timedelta(seconds=100))
+    (deadline,) = overdue(child, [waits], NOW + timedelta(seconds=100))
     assert deadline.reason is Reason.START_DEADLINE_EXCEEDED
     assert "deadlines.startSeconds = 100: Unschedulable: 0/3 nodes" in deadline.message
     assert late(child, [], 100) == [Reason.START_DEADLINE_EXCEEDED], "no pod could even be created"
@@ -420,8 +423,8 @@ def test_time_in_a_queue_or_after_the_end_does_not_count() -> None:
         release(startTime=None),
         spoken,
     ):
-        assert overdue(job(deadlines=LIMITS), [each], [], ended) == []
-    assert overdue(job(deadlines=LIMITS), [child], [pod(child, "Failed", exit_code=69)], ended) == []
+        assert overdue(each, [], ended) == []
+    assert overdue(child, [pod(child, "Failed", exit_code=69)], ended) == []
     assert deadlines(job(), [child], [pod(child)]) == []
 
 
@@ -446,7 +449,7 @@ def test_a_release_whose_pod_is_gone_began_when_its_job_was_let_start(record: di
 
 def test_an_attempt_stopped_at_its_deadline_has_failed_with_that_reason() -> None:
     child = release()
-    (deadline,) = overdue(job(deadlines=LIMITS), [child], [pod(child)], NOW + timedelta(seconds=50))
+    (deadline,) = overdue(child, [pod(child)], NOW + timedelta(seconds=50))
     end = stopped(child, **deadline.annotations)
     end["metadata"]["annotations"] |= deadline.annotations
     left = pod(child, "Failed", exit_code=75, deleted=NOW)

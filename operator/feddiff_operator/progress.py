@@ -21,7 +21,7 @@ from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import Stage
 from feddiff_protocol.telemetry import METRICS_PORT, PROGRESS_BYTES, PROGRESS_PATH, StageProgress
 
-from .observe import pods_by_job
+from .batch import pods_by_job
 
 ASK_SECONDS = 2.0
 ANSWER_BYTES = 1024 + PROGRESS_BYTES  # head and body together

@@ -50,8 +50,9 @@ from feddiff_protocol.stages import (
 )
 
 from .aftermath import Aftermath
-from .batch import condition_of, time_of
+from .batch import condition_of, pods_by_job, time_of
 from .children import Children, Once
+from .clients import client_observed, misfit
 from .cluster import (
     CONFIG_MAP,
     FDJ,
@@ -72,11 +73,8 @@ from .metrics import Metrics
 from .observe import (
     Deadline,
     children_of,
-    client_observed,
     deadlines,
     is_over,
-    misfit,
-    pods_by_job,
     record_of,
     releasing_since,
     retry_at,

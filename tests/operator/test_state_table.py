@@ -30,9 +30,9 @@ from batch_objects import (
     with_condition,
 )
 from feddiff_operator import observe
+from feddiff_operator.clients import client_observed
 from feddiff_operator.observe import (
     children_of,
-    client_observed,
     deadlines,
     record_of,
     releasing_since,

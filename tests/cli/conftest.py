@@ -4,9 +4,8 @@ A stage here is `/bin/sh` writing the receipt that the real one would; what it d
 """
 
 import hashlib
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -214,8 +213,3 @@ def feddiff(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return code, said.out, said.err
 
     return run
-
-
-@pytest.fixture
-def json_lines(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    yield lambda: [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -19,7 +19,7 @@ import typer
 import yaml
 
 import feddiff
-from feddiff import cluster_budgets, cluster_jobs, store_checks
+from feddiff import cluster_budgets, cluster_jobs, cluster_scene, cluster_why, store_checks
 from feddiff import main as command
 from feddiff.documents import LocalJob, load_documents, load_job
 from feddiff.experiment import check_budgets
@@ -180,12 +180,12 @@ def test_keys_of_a_cluster_are_on_the_page() -> None:
     job = {"metadata": metadata, "spec": {"clients": clients, "privacy": {"epsilon": "1"}}, "status": status}
     labels = {"feddiff.dev/stage": "release", "feddiff.dev/client": "a", "feddiff.dev/attempt": "1"}
     batch = {"metadata": {**metadata, "labels": labels}, "spec": {}}
-    unreadable = (cluster_jobs.Unreadable("c", "privatedatasets", "ask"),)
-    reference = cluster_jobs.JobReference("n", "j", "u")
-    scene = cluster_jobs.Scene(reference, job, attempts=[batch], unreadable=unreadable)
+    unreadable = (cluster_scene.Unreadable("c", "privatedatasets", "ask"),)
+    reference = cluster_scene.JobReference("n", "j", "u")
+    scene = cluster_scene.Scene(reference, job, attempts=[batch], unreadable=unreadable)
     assert missing_keys("status", cluster_jobs.jobs_document([job]), CLI) == set()
     assert missing_keys("status", cluster_jobs.job_document(job), CLI, frozenset({"dropped"})) == set()
-    why = cluster_jobs.why_document(scene)
+    why = cluster_why.why_document(scene)
     assert all(why[name] for name in ("clients", "attempts", "unreadable", "next"))
     assert missing_keys("why", why, CLI) == set()
     assert missing_keys("why", why, CLI.replace("`takesPart`", "`partakes`")) == {"takesPart"}

@@ -9,7 +9,6 @@ from urllib.parse import unquote
 
 import pytest
 
-from feddiff import engine, processes
 from feddiff.baseline_runs import measuring_specs, training_specs
 from feddiff.engine import Setting
 from feddiff.experiment import ROWS, Row, read_rows, run_experiment
@@ -266,11 +265,9 @@ def test_an_owner_who_lets_nobody_ask_for_so_much_is_heard_before_anything_start
 
 
 @pytest.fixture
-def feddiff(feddiff: Any, monkeypatch: pytest.MonkeyPatch, study: Study) -> Any:
+def feddiff(feddiff: Any, in_the_trainers_place: Any, study: Study) -> Any:
     """The command, its stages being the study's."""
-    setting = engine.Setting
-    start = processes.StartProcess(study.stages)
-    monkeypatch.setattr(engine, "Setting", lambda **given: setting(start_attempt=start, **given))
+    in_the_trainers_place(study.stages)
     return feddiff
 
 

@@ -631,7 +631,8 @@ def test_every_experiment_of_the_examples_is_admitted(experiment: Path, tmp_path
     loaded = load_experiment(prepared(experiment, tmp_path))
     check_budgets(loaded.units, tmp_path / "out")
     arms = {unit.baseline for unit in loaded.units}
-    assert set(Baseline) <= arms and None in arms
+    # dp-sgd takes a gradient for every record: at these lengths it would be most of the work.
+    assert set(Baseline) - {Baseline.DP_SGD} <= arms and None in arms
     spec = {unit.job.document.spec.network for unit in loaded.units}
     assert len(spec) == 1, "every arm has the same network"
     lengths = {unit.job.document.spec.personal.images for unit in loaded.units}

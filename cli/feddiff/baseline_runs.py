@@ -87,6 +87,7 @@ def _common(unit: Unit, baseline: Baseline, folder: RunFolder) -> dict[str, obje
         "image": unit.job.first_dataset.document.spec.image,
         "like": unit.job.document.spec,
         **({"rounds": unit.rounds} if unit.rounds is not None else {}),
+        **({"noise_multiplicity": unit.noise_multiplicity} if unit.noise_multiplicity is not None else {}),
         "store": store_uri(folder.path / STORE),
     }
 

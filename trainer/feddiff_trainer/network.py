@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from feddiff_protocol.errors import ConfigurationInvalid
@@ -293,24 +293,30 @@ def rms_norm(x_BCHW: Tensor) -> Tensor:
 
     Not GroupNorm: in torch 2.13 its CPU backward crashes the process on channels_last input without gradient.
     """
-    y_BCHW: Tensor = _RmsNorm.apply(x_BCHW)  # type: ignore[no-untyped-call]
+    y_BCHW: Tensor
+    y_BCHW, _ = _RmsNorm.apply(x_BCHW)  # type: ignore[no-untyped-call]
     return y_BCHW
 
 
 class _RmsNorm(torch.autograd.Function):
     """y = x/r with r² = mean x² + 1e-5, and dL/dx = (g - y·mean(g·y))/r for g = dL/dy, in a third of the passes over
-    memory that autograd's derivative takes."""
+    memory that autograd's derivative takes. In the form that torch.func, which dp_sgd needs, understands."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_BCHW: Tensor) -> Tensor:
+    def forward(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         inverse_B1HW = torch.rsqrt(x_BCHW.square().mean(dim=1, keepdim=True) + 1e-5)
-        y_BCHW = x_BCHW * inverse_B1HW
-        ctx.save_for_backward(y_BCHW, inverse_B1HW)
-        return y_BCHW
+        return x_BCHW * inverse_B1HW, inverse_B1HW
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_BCHW: Tensor) -> Tensor:
+    def backward(ctx: Any, g_BCHW: Tensor, _: None) -> Tensor:
         y_BCHW, inverse_B1HW = ctx.saved_tensors
         dx_BCHW: Tensor = (g_BCHW - y_BCHW * (g_BCHW * y_BCHW).mean(dim=1, keepdim=True)) * inverse_B1HW
         return dx_BCHW

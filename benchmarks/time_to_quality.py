@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def print_row(name: str, num_images: int, learning_rate: float, seed: int) -> None:
-    x0_NCHW, label_N, held_out_NCHW = digits(seed)
+    x0_NCHW, label_N, held_out_NCHW, _ = digits(seed)
     torch.manual_seed(seed)
     ours = Denoiser(NetworkConfig(1, 8, 8, CLASSES, base_width=16))
     model: nn.Module = ours if name == "feddiff" else of_equal_size(8, num_parameters(ours))
@@ -68,13 +68,13 @@ def print_row(name: str, num_images: int, learning_rate: float, seed: int) -> No
     print(json.dumps(row), flush=True)
 
 
-def digits(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two thirds of the digits to train on, with their labels, and a third held out, in [-1, 1] units."""
+def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two thirds of the digits to train on, with their labels, and a third held out, with theirs, in [-1, 1] units."""
     found = load_digits()
     order = np.random.default_rng(seed).permutation(len(found.target))
     x_NCHW = torch.tensor(found.images[order, None] / 8 - 1, dtype=torch.float32)
     label_N = torch.tensor(found.target[order])
-    return x_NCHW[:1200], label_N[:1200], x_NCHW[1200:]
+    return x_NCHW[:1200], label_N[:1200], x_NCHW[1200:], label_N[1200:]
 
 
 @torch.no_grad()

@@ -246,9 +246,8 @@ def audit_lines(answer: dict[str, Any]) -> list[str]:
         lines.append(
             "reconstruction: what is released is nearer to its image than to another of its class in {value:.1%}"
             " ({low:.1%} to {high:.1%}), bound {nearerBound:.1%}, control {controlNearer:.1%}; an estimate gains"
-            " {gainDb:.2f} dB by the release, control {controlGainDb:.2f} dB: {verdict}".format(
-                **rebuilt, **rebuilt["nearer"]
-            )
+            " {gainDb:.2f} dB by the release, control {controlGainDb:.2f} dB; its SSIM is {ssim:.3f}, {guessSsim:.3f}"
+            " without the release, control {controlSsim:.3f}: {verdict}".format(**rebuilt, **rebuilt["nearer"])
         )
     lines += [
         "copies among the samples of {}: {third} below ⅓, {half} below ½".format(

@@ -53,6 +53,13 @@ def test_an_attack_finds_what_a_denoiser_knows_by_heart(name: str) -> None:
     assert area_under_curve(-members, -others) < FIRES  # a wrong sign would be a control that is silent
 
 
+def test_far_above_the_records_distance_secmi_finds_nothing_in_what_is_known_by_heart() -> None:
+    """There a denoiser bends most at the records themselves: theirs is the larger t-error."""
+    levels = tuple(float(level) for level in np.geomspace(6.4, 9.0, 7))
+    members, others = (secmi_scores(by_heart, x, LABELS, levels) for x in (MEMBERS, OTHERS))
+    assert area_under_curve(members, others) < 0.4
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_finds_nothing_in_a_denoiser_that_knows_only_the_distribution(name: str) -> None:
     labels = torch.zeros(400, dtype=torch.int64)

@@ -115,6 +115,7 @@ def test_a_release_gives_little_of_an_image_back_and_next_to_no_noise_all_of_it(
     assert rebuilt is not None and rebuilt.verdict is Verdict.WITHIN and rebuilt.records == 104
     assert rebuilt.nearer.low < rebuilt.nearer_bound and rebuilt.control_nearer > 0.95
     assert -0.2 < rebuilt.gain_db < 1 and rebuilt.control_gain_db > 10
+    assert abs(rebuilt.ssim - rebuilt.guess_ssim) < 0.1 and rebuilt.control_ssim > 0.9
     assert [each.verdict for each in found.one_run] == [Verdict.WITHIN] * 2
 
 

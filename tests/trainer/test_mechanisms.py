@@ -7,7 +7,7 @@ Scores are log-likelihood ratios scaled to noise 1 by the *promised* noise. `vio
 import inspect
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from scipy import optimize, stats
 from feddiff_protocol import accountant
 from feddiff_protocol.errors import DataInvalid, PrivacyRefusal
 from feddiff_trainer import mechanisms
+from feddiff_trainer.frequencies import frequency_weighing
 from feddiff_trainer.mechanisms import (
     Summary,
     centres,
@@ -295,19 +296,47 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_any_pair_in_a_summary_is_as_far_apart_as_its_own_sums(name: str) -> None:
-    x_D, other_D = (np.array(image) for image in PAIRS[name])
+def attack_whole_summary(
+    x_D: np.ndarray, other_D: np.ndarray, sources: Sequence[Normals]
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Scores on S1 and S2 together, and the pair's own μ; every class is one trial with one record."""
     summaries = [
-        summarise(*one_record_per_class(image_D, NUM_TRIALS // 4), seeded(6 + i))
-        for i, image_D in enumerate((x_D, other_D))
+        summarise(*one_record_per_class(image_D, NUM_TRIALS // 4), normals)
+        for image_D, normals in zip((x_D, other_D), sources, strict=True)
     ]
     clean = [joint_scaled(image_D, np.full(2, CENTRE)) for image_D in (x_D, other_D)]
     released = [np.hstack([s.mean_sums_KD / MEAN_STD, s.moment_sums_KM / MOMENT_STD]) for s in summaries]
     out, inside = (scores(values_KD, clean[0], clean[1], 1.0) for values_KD in released)
-    mu = float(np.linalg.norm(clean[0] - clean[1]))
+    return out, inside, float(np.linalg.norm(clean[0] - clean[1]))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_any_pair_in_a_summary_is_as_far_apart_as_its_own_sums(name: str) -> None:
+    x_D, other_D = (np.array(image) for image in PAIRS[name])
+    out, inside, mu = attack_whole_summary(x_D, other_D, (seeded(6), seeded(7)))
     assert mu < MU
     assert violations(out, inside, mu) == []
+
+
+def test_noise_that_serves_both_sums_is_exposed() -> None:
+    """Each sum alone is as noisy as promised; together they are not."""
+    x_D, other_D = (np.array(image) for image in PAIRS["orthogonal about the centre"])
+    out, inside, mu = attack_whole_summary(x_D, other_D, [one_noise_for_both_sums(seeded(seed)) for seed in (6, 7)])
+    assert violations(out, inside, mu)
+
+
+def one_noise_for_both_sums(normals: Normals) -> Normals:
+    """S2's noise of a class begins with S1's."""
+    earlier: list[np.ndarray] = []
+
+    def drawn(shape: tuple[int, ...]) -> np.ndarray:
+        z_K_ = normals(shape)
+        if earlier:
+            z_K_[:, : earlier[0].shape[1]] = earlier[0]
+        earlier.append(z_K_.copy())
+        return z_K_
+
+    return drawn
 
 
 def test_records_that_are_equal_after_the_clip_cannot_be_told_apart() -> None:
@@ -400,7 +429,7 @@ def test_the_search_exposes_a_sensitivity_without_its_factor(forgotten: str, mon
     assert largest_found(2) > 1.2 * MU**2
 
 
-def wide_search(size: int) -> float:
+def wide_search(size: int, map_DD: np.ndarray | None = None) -> float:
     """The largest μ² of 10⁵ pairs: every pattern of signs about the centre on either side, norms from nothing to beyond
     the clips, unequal; then of children of the worst ones, generation after generation."""
     generator = np.random.default_rng(100 + size)
@@ -411,11 +440,11 @@ def wide_search(size: int) -> float:
     centre_ND = generator.beta(0.5, 0.5, size=sign_ND.shape)
     pair = [image_from(centre_ND, sign, generator) for sign in (sign_ND, other_sign_ND)]
     population = np.concatenate([*pair, centre_ND], axis=1)
-    found = pairs_mu_squared(population)
+    found = pairs_mu_squared(population, map_DD)
     for generation in range(12):
         worst = np.repeat(population[np.argsort(found)[-200:]], 20, axis=0)
         children = np.clip(worst + 0.3 * 0.6**generation * generator.normal(size=worst.shape), 0, 1)
-        population, found = np.concatenate([population, children]), np.append(found, pairs_mu_squared(children))
+        population, found = np.concatenate([population, children]), np.append(found, pairs_mu_squared(children, map_DD))
     return float(found.max())
 
 
@@ -426,11 +455,12 @@ def image_from(centre_ND: np.ndarray, sign_ND: np.ndarray, generator: np.random.
     return np.clip(centre_ND + sign_ND * room_ND * length_N1 * generator.beta(0.5, 0.5, size=sign_ND.shape), 0, 1)
 
 
-def pairs_mu_squared(population: np.ndarray) -> np.ndarray:
-    """`pair_mu_squared` for many pairs, ‖uuᵀ - u'u'ᵀ‖² as ‖u‖⁴ + ‖u'‖⁴ - 2⟨u,u'⟩²."""
+def pairs_mu_squared(population: np.ndarray, map_DD: np.ndarray | None = None) -> np.ndarray:
+    """`pair_mu_squared` for many pairs, ‖uuᵀ - u'u'ᵀ‖² as ‖u‖⁴ + ‖u'‖⁴ - 2⟨u,u'⟩²; map_DD as in a release."""
     x_ND, other_ND, centre_ND = np.split(population, 3, axis=1)
     v_ND = mechanisms.clip_l2(x_ND, MEAN_CLIP) - mechanisms.clip_l2(other_ND, MEAN_CLIP)
-    u_ND, w_ND = (mechanisms.clip_l2(image_ND - centre_ND, MOMENT_CLIP) for image_ND in (x_ND, other_ND))
+    apart = [image_ND - centre_ND for image_ND in (x_ND, other_ND)]
+    u_ND, w_ND = (mechanisms.clip_l2(v if map_DD is None else v @ map_DD, MOMENT_CLIP) for v in apart)
     moment_N = (u_ND**2).sum(1) ** 2 + (w_ND**2).sum(1) ** 2 - 2 * (u_ND * w_ND).sum(1) ** 2
     return np.asarray((v_ND**2).sum(1) / MEAN_STD**2 + moment_N / MOMENT_STD**2)
 
@@ -440,6 +470,22 @@ def test_no_pair_of_a_hundred_thousand_of_any_norms_and_signs_exceeds_the_charge
     found = wide_search(size)
     assert found <= MU**2 * (1 + 1e-9)
     assert size == 1 or found >= 0.98 * MU**2
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_no_pair_exceeds_the_charge_where_fine_detail_counts_more(power: float) -> None:
+    found = wide_search(4, frequency_weighing(power, 1, 2, 2))
+    assert 0.98 * MU**2 <= found <= MU**2 * (1 + 1e-9)
+
+
+def test_the_wide_search_exposes_a_clip_before_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    map_DD = frequency_weighing(1.0, 1, 2, 2)
+    monkeypatch.setattr(mechanisms, "clip_l2", lambda v_ND, norm: clip_before_the_map(v_ND, norm, map_DD))
+    assert wide_search(4, map_DD) > 1.1 * MU**2
+
+
+def clip_before_the_map(v_ND: np.ndarray, norm: float, map_DD: np.ndarray) -> np.ndarray:
+    return clip_l2(v_ND, norm) if norm == MEAN_CLIP else clip_l2(v_ND @ np.linalg.inv(map_DD), norm) @ map_DD
 
 
 def test_many_pairs_at_once_lie_as_far_apart_as_each_alone() -> None:

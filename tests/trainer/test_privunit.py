@@ -147,16 +147,22 @@ def test_the_attack_exposes_a_wrong_cap(cap: Cap) -> None:
     assert violations(released(ONE, cap, 3), released(OTHER, cap, 4))
 
 
-def test_the_attack_exposes_one_draw_for_all_records() -> None:
-    once = np.random.default_rng(5).bytes(16)
+@pytest.mark.parametrize("reused", ["the draw", "its height", "its direction about the image"])
+def test_the_attack_exposes_one_draw_for_all_records(reused: str) -> None:
+    def entropy(seed: int) -> Callable[[int], bytes]:
+        fresh, once = np.random.default_rng(seed), np.random.default_rng(seed).bytes(16)
+        coin, place = once[:8], once[8:]
+        return fresh.bytes if "direction" in reused else lambda count: (count // 16) * coin + (count // 16) * place
+
+    def normals(seed: int) -> Normals:
+        fresh = seeded(seed)
+        if "height" in reused:
+            return fresh
+        return lambda shape: np.broadcast_to(fresh((1, shape[1])), shape).copy()
+
     draws = [
-        release_privunit(
-            np.broadcast_to(image_D, (NUM_TRIALS, SIZE)),
-            CAP,
-            lambda shape: np.broadcast_to(seeded(6)((1, shape[1])), shape).copy(),
-            lambda count: once * (count // 16),
-        )
-        for image_D in (ONE, OTHER)
+        release_privunit(np.broadcast_to(image_D, (NUM_TRIALS, SIZE)), CAP, normals(seed), entropy(seed))
+        for seed, image_D in ((5, ONE), (6, OTHER))
     ]
     assert violations(*draws)
 

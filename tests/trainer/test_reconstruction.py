@@ -15,7 +15,16 @@ from feddiff_trainer.denoising import ClassGaussian
 from feddiff_trainer.findings import Estimate
 from feddiff_trainer.metrics import ImageSet
 from feddiff_trainer.noise import Normals
-from feddiff_trainer.reconstruction import RIDGE, gain_db, nearer_bound, prior_of, reconstructed
+from feddiff_trainer.reconstruction import (
+    RADIUS,
+    RIDGE,
+    WINDOW,
+    gain_db,
+    nearer_bound,
+    prior_of,
+    reconstructed,
+    structural_similarity,
+)
 from feddiff_trainer.verdicts import share_interval
 
 NUM, SIDE, STD = 1000, 4, 0.1
@@ -88,3 +97,34 @@ def test_at_the_worst_pair_a_release_is_as_often_nearer_to_its_image_as_the_boun
     found = nearer(spec, seeded())
     assert found.low < bound < found.high
     assert nearer(spec, seeded(0.5)).low > bound
+
+
+# ---- Structural similarity -------------------------------------------------------------------------------------------
+
+
+def by_hand(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
+    """Equation 13 pixel by pixel."""
+    shifts = np.arange(-RADIUS, RADIUS + 1)
+    weight_KK = np.exp(-(shifts[:, None] ** 2 + shifts**2) / (2 * WINDOW**2))
+    weight_KK /= weight_KK.sum()
+    a, b = (np.pad(x_HW, RADIUS, mode="symmetric") for x_HW in (a_HW, b_HW))
+    values = []
+    for i, j in np.ndindex(a_HW.shape):
+        u, v = (x[i : i + 2 * RADIUS + 1, j : j + 2 * RADIUS + 1] for x in (a, b))
+        mean_u, mean_v = ((weight_KK * x).sum() for x in (u, v))
+        variances = [(weight_KK * (x - m) ** 2).sum() for x, m in ((u, mean_u), (v, mean_v))]
+        covariance = (weight_KK * (u - mean_u) * (v - mean_v)).sum()
+        luminance = (2 * mean_u * mean_v + 0.02**2) / (mean_u**2 + mean_v**2 + 0.02**2)
+        values.append(luminance * (2 * covariance + 0.06**2) / (sum(variances) + 0.06**2))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (13, 17)])
+def test_structural_similarity_is_the_published_one(shape: tuple[int, int]) -> None:
+    a, b = np.random.default_rng(2).uniform(-1, 1, (2, *shape))
+    b = 0.6 * a + 0.4 * b
+    assert structural_similarity(a[None, None], b[None, None]) == pytest.approx(by_hand(a, b), rel=1e-9)
+    assert structural_similarity(a[None, None], a[None, None]) == pytest.approx(1, rel=1e-12)
+    both, swapped = np.stack([a, b])[:, None], np.stack([b, b])[:, None]
+    expected = (by_hand(a, b) + 1) / 2  # every image has its own window, in its own row
+    assert structural_similarity(both, swapped) == pytest.approx(expected, rel=1e-9)

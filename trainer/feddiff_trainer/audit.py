@@ -46,7 +46,7 @@ from .findings import Audit, Copies, Estimate, Finding, OneRun, Reconstruction, 
 from .metrics import ImageSet, nearest_distance
 from .noise import Float64, Normals, os_entropy_normals
 from .pictures import LabelledImages, read_samples
-from .reconstruction import gain_db, nearer_bound, prior_of, reconstructed
+from .reconstruction import gain_db, nearer_bound, prior_of, reconstructed, structural_similarity
 from .records import Records, digest_records, read_holdout, read_source
 from .sample import network_of, read_shared
 from .sampler import hand_over
@@ -171,21 +171,28 @@ def reconstruct(spec: SampleSpec, compared: "Compared", prior: ClassGaussian, no
     x_ND, other_ND = images.pixels_ND, images.pixels_ND[next_of_class(images.labels_N)]
     guess_ND = prior.means_KD[torch.from_numpy(images.labels_N)].numpy()
 
-    def attack(asked: ReleaseSpec, share: float) -> tuple[Estimate, float]:
+    def alike(estimate_ND: Float64) -> float:
+        return structural_similarity(*(v_ND.reshape(images.images_NCHW.shape) for v_ND in (estimate_ND, x_ND)))
+
+    def attack(asked: ReleaseSpec, share: float) -> tuple[Estimate, float, float]:
         released_ND, estimate_ND = reconstructed(asked, prior, images, normals, share)
         nearer_N = np.linalg.norm(released_ND - x_ND, axis=1) < np.linalg.norm(released_ND - other_ND, axis=1)
-        return share_interval(int(nearer_N.sum()), len(nearer_N)), gain_db(estimate_ND, guess_ND, x_ND)
+        nearer = share_interval(int(nearer_N.sum()), len(nearer_N))
+        return nearer, gain_db(estimate_ND, guess_ND, x_ND), alike(estimate_ND)
 
-    nearer, gain = attack(released, 1.0)
-    control, control_gain = attack(*without_privacy(released, promise, mu=1000, epsilon=100))
+    nearer, gain, ssim = attack(released, 1.0)
+    control, control_gain, control_ssim = attack(*without_privacy(released, promise, mu=1000, epsilon=100))
     bound = nearer_bound(released, promise)
     return Reconstruction(
         records=len(images),
         nearer=nearer,
         nearer_bound=bound,
         gain_db=gain,
+        ssim=ssim,
+        guess_ssim=alike(guess_ND),
         control_nearer=control.value,
         control_gain_db=control_gain,
+        control_ssim=control_ssim,
         verdict=judge(nearer, None, bound, None, control.value),
     )
 

@@ -110,13 +110,17 @@ def _reconstruction(found: Reconstruction) -> Html:
             f"{found.control_nearer:.1%}",
             f"{found.gain_db:.2f} dB",
             f"{found.control_gain_db:.2f} dB",
+            f"{found.ssim:.3f}",
+            f"{found.guess_ssim:.3f}",
+            f"{found.control_ssim:.3f}",
             element("td", found.verdict.value, cls=f"text {MARKS.get(found.verdict, '')}".strip()),
         ]
     ]
     return table(
         "What is released of one record, to somebody who knows all others and the distribution: how often it is nearer "
-        "to that record than to another of its class, and what an estimate from it gains over one without",
-        ["", "Nearer to itself", "bound", "Control", "Gain", "Control's gain", "Verdict"],
+        "to that record than to another of its class, what an estimate from it gains over one without, and how alike "
+        "(SSIM) either is to the record",
+        ["", "Nearer to itself", "bound", "Control", "Gain", "Control", "SSIM", "without", "Control", "Verdict"],
         rows(lines),
         text=["Verdict"],
     )

@@ -88,15 +88,19 @@ class OneRun(Wire):
 
 
 class Reconstruction(Wire):
-    """Images and what is released of each: how often that is nearer to its image than to another one of the class, and
-    by how many dB an estimate from it beats a guess without the release. `control…`: with next to no noise."""
+    """Images and what is released of each: how often that is nearer to its image than to another one of the class, by
+    how many dB an estimate from it beats a guess without the release, and how alike (SSIM) estimate and guess are to
+    the image. `control…`: with next to no noise."""
 
     records: int
     nearer: Estimate
     nearer_bound: float
     gain_db: float
+    ssim: float
+    guess_ssim: float
     control_nearer: float
     control_gain_db: float
+    control_ssim: float
     verdict: Verdict
 
 

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from feddiff_protocol import accountant
 from feddiff_protocol.api import Mechanism
@@ -20,6 +21,7 @@ from .noise import Float64, Normals
 from .trials import released_values
 
 RIDGE = 0.01  # of the mean variance, on every axis of the prior
+WINDOW, RADIUS = 1.5, 5  # pixels, of the local moments of SSIM, as published
 
 
 def reconstructed(
@@ -77,3 +79,22 @@ def nearer_bound(spec: ReleaseSpec, promise: Promise) -> float:
 def gain_db(estimate_ND: Float64, guess_ND: Float64, x_ND: Float64) -> float:
     """By how many dB the peak signal-to-noise ratio of the estimates exceeds that of guesses without a release."""
     return 10 * math.log10(np.square(guess_ND - x_ND).mean() / np.square(estimate_ND - x_ND).mean())
+
+
+def structural_similarity(a_NCHW: Float64, b_NCHW: Float64) -> float:
+    """Mean SSIM of pairs of images in [-1, 1]: 1 for equal ones (Wang, Bovik, Sheikh & Simoncelli 2004, equation 13).
+
+    Means, variances and covariance are those under a Gaussian window about each pixel; beyond an edge images go on as
+    in a mirror, so that images smaller than the window have a value too.
+    """
+
+    def local(x_NCHW: Float64) -> Float64:
+        mean_NCHW: Float64 = ndimage.gaussian_filter(x_NCHW, (0, 0, WINDOW, WINDOW), radius=(0, 0, RADIUS, RADIUS))
+        return mean_NCHW
+
+    mean_a, mean_b = local(a_NCHW), local(b_NCHW)
+    variances = local(a_NCHW**2) - mean_a**2 + local(b_NCHW**2) - mean_b**2
+    covariance = local(a_NCHW * b_NCHW) - mean_a * mean_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # of a range of 2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
+    return float(similarity.mean())

@@ -28,10 +28,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from release_speed import commit, cpu_model, in_a_process
+from release_speed import in_a_process
 from time_to_quality import digits
 from torch import Tensor
 
+from feddiff.experiment import commit, cpu_model
 from feddiff_protocol.schedule import Schedule
 from feddiff_trainer.batches import loss_of, records
 from feddiff_trainer.classifier import train_classifier

@@ -40,8 +40,9 @@ from feddiff_protocol.plan import Observed, plan
 from feddiff_protocol.promise import promise_of
 from feddiff_protocol.stages import JobReference
 from feddiff_trainer.check import CheckSpec, check
+from feddiff_trainer.findings import Audit, Copies, Estimate, Finding, Reconstruction, Target, Verdict
 from feddiff_trainer.store_probes import failed
-from feddiff_trainer.verdicts import Audit, Copies, Estimate, Finding, Reconstruction, Target, Verdict, one_run_of
+from feddiff_trainer.verdicts import one_run_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

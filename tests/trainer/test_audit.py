@@ -19,10 +19,10 @@ from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.stages import SampleSpec
 from feddiff_trainer import audit, evaluate, trials
 from feddiff_trainer.denoisers import denoiser_bytes
+from feddiff_trainer.findings import Audit, Target, Verdict, export_refusals
 from feddiff_trainer.noise import Normals
 from feddiff_trainer.records import Records, read_holdout, read_source
 from feddiff_trainer.stores import open_store
-from feddiff_trainer.verdicts import Audit, Target, Verdict, export_refusals
 
 ATTACKS = {"loss threshold", "PIA", "SecMI", "nearest neighbour"}
 

@@ -15,9 +15,9 @@ from feddiff_protocol.errors import OutputFailed, PrivacyRefusal
 from feddiff_protocol.stages import SampleSpec
 from feddiff_trainer import evaluate, export
 from feddiff_trainer.export import ExportSpec
+from feddiff_trainer.findings import Audit, Estimate, Export, Finding, Target, Verdict
 from feddiff_trainer.records import digest_records, read_source
 from feddiff_trainer.stores import Store, open_store
-from feddiff_trainer.verdicts import Audit, Estimate, Export, Finding, Target, Verdict
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from feddiff_trainer.network import (
     fold,
     levels,
     preconditioning,
+    rms_norm,
     unfold,
 )
 from feddiff_trainer.sampler import heun
@@ -309,6 +310,13 @@ def test_without_diffusers_its_unet_is_refused_in_words(monkeypatch: pytest.Monk
     with pytest.raises(ConfigurationInvalid, match="needs the package diffusers, found none; install it") as refused:
         Denoiser(NetworkConfig(1, 8, 8, num_classes=2, backbone="diffusers"))
     assert refused.value.exit_code == 78
+
+
+def test_rms_norm_has_unit_mean_square_and_its_own_gradient() -> None:
+    x_BCHW = torch.randn(2, 5, 3, 2, dtype=torch.float64, requires_grad=True)
+    mean_square_BHW = rms_norm(x_BCHW).square().mean(dim=1)
+    assert mean_square_BHW.allclose(torch.ones_like(mean_square_BHW), rtol=1e-3)
+    assert torch.autograd.gradcheck(rms_norm, (x_BCHW,))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 5)])

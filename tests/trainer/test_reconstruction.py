@@ -12,10 +12,11 @@ from audited_run import made_up_release
 from feddiff_protocol.promise import cap_of, promise_of
 from feddiff_protocol.stages import ReleaseSpec
 from feddiff_trainer.denoising import ClassGaussian
+from feddiff_trainer.findings import Estimate
 from feddiff_trainer.metrics import ImageSet
 from feddiff_trainer.noise import Normals
 from feddiff_trainer.reconstruction import RIDGE, gain_db, nearer_bound, prior_of, reconstructed
-from feddiff_trainer.verdicts import Estimate, share_interval
+from feddiff_trainer.verdicts import share_interval
 
 NUM, SIDE, STD = 1000, 4, 0.1
 RELEASES = 16  # privunit draws from the system's entropy: one release's gain spreads by 4 %, sixteen's by 1 %

@@ -10,9 +10,10 @@ from feddiff_protocol.privunit import best_cap
 from feddiff_protocol.promise import promise_of
 from feddiff_protocol.stages import ReleaseSpec
 from feddiff_trainer import mechanisms, release, trials
+from feddiff_trainer.findings import Finding, Target, Verdict
 from feddiff_trainer.mechanisms import clip_l2
 from feddiff_trainer.noise import Normals
-from feddiff_trainer.verdicts import Finding, Target, Verdict, bound_of, bound_of_part, finding_of
+from feddiff_trainer.verdicts import bound_of, bound_of_part, finding_of
 
 PRIVACY = {
     "gaussian": {"mechanism": "gaussian", "epsilon": "10", "delta": "1e-5", "clipNorm": "4.25"},

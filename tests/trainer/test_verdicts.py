@@ -9,19 +9,12 @@ from scipy import stats
 
 from feddiff_protocol import accountant
 from feddiff_protocol.stages import JobReference
+from feddiff_trainer.findings import CONFIDENCE, Audit, Copies, Estimate, Finding, Target, Verdict, export_refusals
 from feddiff_trainer.verdicts import (
-    CONFIDENCE,
-    Audit,
     Bound,
-    Copies,
-    Estimate,
-    Finding,
-    Target,
-    Verdict,
     area_interval,
     area_under_curve,
     bound_of_part,
-    export_refusals,
     finding_of,
     found_at_one_percent,
     judge,

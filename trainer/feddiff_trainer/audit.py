@@ -42,6 +42,7 @@ from .denoising import ClassGaussian, Denoise, log_normal_sigmas
 from .drawing import draw_alone, drawing_of
 from .evaluate import image_set, minority_of, rewrite_report, to_model_units
 from .evaluation import ARMS
+from .findings import Audit, Copies, Estimate, Finding, OneRun, Reconstruction, Target, export_refusals
 from .metrics import ImageSet, nearest_distance
 from .noise import Float64, Normals, os_entropy_normals
 from .pictures import LabelledImages, read_samples
@@ -55,18 +56,10 @@ from .train_shared import EMA_WIDTH, SIGMA_DATA, image_shape
 from .training import distributed, train
 from .trials import LARGEST_RELEASE, MOST_VALUES, canaries, parts_of, trials
 from .verdicts import (
-    Audit,
-    Copies,
-    Estimate,
-    Finding,
-    OneRun,
-    Reconstruction,
-    Target,
     area_interval,
     area_under_curve,
     bound_of,
     bound_of_part,
-    export_refusals,
     finding_of,
     judge,
     one_run_of,

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from .pages import Html, bullets, element, paragraph, rows, section, table
-from .verdicts import (
+from .findings import (
     TITLES,
     Audit,
     Copies,
@@ -16,6 +15,7 @@ from .verdicts import (
     Verdict,
     export_refusals,
 )
+from .pages import Html, bullets, element, paragraph, rows, section, table
 
 COLUMNS = ["", "Records", "AUC", "bound", "Found at 1% false alarms", "bound", "Control", "Verdict"]
 MARKS = {Verdict.ABOVE: "worse", Verdict.WITHIN: "better", Verdict.SILENT: "empty"}

@@ -25,6 +25,7 @@ from feddiff_protocol.stages import EvaluateSpec
 
 from .classifier import train_classifier
 from .evaluation import ARMS, MEASURES, REAL, WITH_INCEPTION, ArmQuality, Evaluation, Measured, PictureRow, Values
+from .findings import Audit, Export
 from .inception import Inception, inception_distances, read_inception
 from .metrics import Found, ImageSet, Measures, Quality, measure_quality, minority_classes
 from .owner_page import Gallery, OwnerReport, owner_page
@@ -35,7 +36,6 @@ from .released import GaussianRelease, PrivunitRelease, Release, Terms, read_rel
 from .report import class_name
 from .stage import report_progress, run_stage
 from .stores import Store, open_store
-from .verdicts import Audit, Export
 
 SEED = 0  # of draws for pictures: nothing is protected by it
 MEASURES_BY_KEY = {measure.key: measure for measure in MEASURES}

@@ -24,10 +24,10 @@ from feddiff_protocol.stages import SampleSpec
 from .answering import answered
 from .audit import evaluate_spec_of
 from .evaluate import rewrite_report
+from .findings import Audit, Export, export_refusals
 from .pictures import read_samples
 from .records import digest_records, read_source
 from .stores import Store, open_store
-from .verdicts import Audit, Export, export_refusals
 
 PRIVATE_ARMS = ("both", "personal")  # the shared denoiser's own are public
 

@@ -29,10 +29,10 @@ from .evaluation import (
     compare,
     verdict,
 )
+from .findings import Audit, Export
 from .pages import Banner, Html, Page, bullets, definitions, element, joined, paragraph, render, rows, section, table
 from .pictures import Picture, Pixels, bar, grid, image
 from .report import attack_sentence, class_name, num, tidy
-from .verdicts import Audit, Export
 
 COMPARED = [measure for measure in MEASURES if measure.key in ("recall", "frechet", "coverage", "copies_half")]
 MISSING_ROWS = 6

@@ -236,6 +236,25 @@ def ema_weight(step: int, gamma: float) -> float:
     return 1.0 - math.pow(1.0 - 1.0 / step, gamma + 1.0)
 
 
+def adam_step(
+    weights: list[Tensor], means: list[Tensor], squares: list[Tensor], step: int, learning_rate: float, *, beta2: float
+) -> None:
+    """Step number `step` ≥ 1 of Adam (Kingma & Ba 2015, algorithm 1), in place; it uses up the gradients.
+
+    The kernel of torch.optim.Adam(fused=True) without its class, whose first use takes two seconds to import
+    torch.compile: as long as some of our runs last.
+    """
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    steps = [torch.full((), float(step), device=weights[0].device)] * len(weights)
+    with torch.no_grad():
+        torch._fused_adam_(
+            weights, gradients, means, squares, [], steps,
+            lr=learning_rate, beta1=0.9, beta2=beta2, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
+    for weight in weights:
+        weight.grad = None
+
+
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """The list that SIGTERM and SIGINT are noted in while inside; torchrun and terminals send them more than once."""
@@ -261,22 +280,11 @@ class Run:
         self.squares = [torch.zeros_like(weight) for weight in self.weights]
 
     def advance(self, learning_rate: float, gamma: float) -> None:
-        """One step of Adam (Kingma & Ba 2015, algorithm 1) and of the average, from the weights' gradients.
-
-        The kernel of torch.optim.Adam(fused=True) without its class, whose first use takes two seconds to import
-        torch.compile: as long as some of our runs last.
-        """
+        """One step of Adam and of the average, from the weights' gradients."""
         self.step += 1
-        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        steps = [torch.full((), float(self.step), device=self.weights[0].device)] * len(self.weights)
+        adam_step(self.weights, self.means, self.squares, self.step, learning_rate, beta2=0.99)
         with torch.no_grad():
-            torch._fused_adam_(
-                self.weights, gradients, self.means, self.squares, [], steps,
-                lr=learning_rate, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False,
-            )  # fmt: skip
             torch._foreach_lerp_(self.averages, self.weights, ema_weight(self.step, gamma))
-        for weight in self.weights:
-            weight.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, as the live tensors: to copy from, or into."""

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from release_speed import commit
 
 from feddiff.documents import LocalJob, load_job
+from feddiff.experiment import commit
 from feddiff_protocol import layout
 from feddiff_protocol.api import PrivateDataset
 from feddiff_protocol.stages import (

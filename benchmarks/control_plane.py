@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import batch_objects
 from cluster.kubernetes import ControlPlane
+from feddiff.experiment import commit, cpu_model
 from feddiff_operator.cluster import FDJ, JOB, PDS, Cluster, Kind
 
 Object = dict[str, Any]
@@ -224,13 +225,6 @@ def print_row(plane: ControlPlane, **row: Any) -> None:
 
 
 def _machine(plane: ControlPlane) -> Object:
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     kubernetes = plane.request("GET", "/version")[1]["gitVersion"]
     versions = {"python": platform.python_version(), "kubernetes": kubernetes, "kopf": version("kopf")}
-    return {"commit": commit, "cpu": _cpu_name(), "cores": os.cpu_count(), "versions": versions}
-
-
-def _cpu_name() -> str:
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return names[0] if names else platform.machine()
+    return {"commit": commit(), "cpu": cpu_model(), "cores": os.cpu_count(), "versions": versions}

@@ -25,7 +25,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data_loading import highest_memory
-from release_speed import commit, cpu_model
+
+from feddiff.experiment import commit, cpu_model
 
 SIDE, NUM_CLASSES = 14, 10
 BASE = {"records": 1_000, "clients": 2, "images": 16_000}

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from release_speed import commit, cpu_model
 
+from feddiff.experiment import commit, cpu_model
 from feddiff_protocol import layout
 from feddiff_trainer.records import Records, digest_records, read_records
 

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 from ddp_speed import BATCH, CLASSES, RECORDS, WAYS, Moment, between, speeds_in_words
-from release_speed import commit, cpu_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cluster.federation import RESEARCH, OwnFederation, federation, owner_file
+from feddiff.experiment import commit, cpu_model
 from feddiff_protocol.stages import Stage
 
 OWNER = "clinic"

@@ -27,13 +27,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from release_speed import commit, cpu_model, spread
+from release_speed import spread
 
+from feddiff.experiment import commit, cpu_model
 from feddiff_protocol.api import ImageSpec, parse
+from feddiff_protocol.errors import Interrupted
 from feddiff_protocol.layout import release_name
 from feddiff_protocol.stages import JobReference, NetworkSpec, ReleaseSpec, TrainSharedSpec
 from feddiff_trainer.network import Denoiser
-from feddiff_trainer.ranks import INTERRUPTED
 from feddiff_trainer.release import body as release
 from feddiff_trainer.train_shared import SIGMA_DATA, network_config
 
@@ -89,8 +90,8 @@ class Training:
     def stop(self) -> None:
         self._process.terminate()
         self._reader.join()
-        if (code := self._process.wait()) != INTERRUPTED:
-            print(f"a training that was stopped ended with {code}, expected {INTERRUPTED}", file=sys.stderr)
+        if (code := self._process.wait()) != Interrupted.exit_code:
+            print(f"a training that was stopped ended with {code}, expected {Interrupted.exit_code}", file=sys.stderr)
 
 
 def main() -> None:

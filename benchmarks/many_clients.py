@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import psutil
 from data_loading import highest_memory
-from release_speed import commit, cpu_model
+
+from feddiff.experiment import commit, cpu_model
 
 SIDE, NUM_CLASSES, RECORDS, PROCESSES = 8, 10, 20, 2
 SHORTER = {

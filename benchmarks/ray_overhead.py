@@ -17,9 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from release_speed import commit, cpu_model, spread
+from release_speed import spread
 
 from feddiff.engine import Setting, run_job
+from feddiff.experiment import commit, cpu_model
 from feddiff.processes import StartProcess
 from feddiff.ray_stages import StartOnRay, ray_cluster
 from feddiff.run_folder import RunFolder

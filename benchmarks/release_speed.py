@@ -8,10 +8,8 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ os.environ["MKL_NUM_THREADS"] = "1"
 import numpy as np
 from safetensors.numpy import save_file
 
+from feddiff.experiment import commit, cpu_model
 from feddiff_trainer.mechanisms import release_gaussian_on_grid, release_summary, shuffled_order
 from feddiff_trainer.noise import grid_step, os_entropy_normals, round_to_grid
 from feddiff_trainer.records import Records, digest_records, read_records
@@ -133,17 +132,6 @@ def spread(seconds: list[float]) -> dict[str, float]:
         "median": round(statistics.median(seconds), 3),
         "max": round(max(seconds), 3),
     }
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return result.stdout.strip() if result.returncode == 0 else "uncommitted"
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from release_speed import commit, cpu_model, spread
+from release_speed import spread
 
+from feddiff.experiment import commit, cpu_model
 from feddiff_protocol.api import ImageSpec, Mechanism
 from feddiff_protocol.manifest import shard_name
 from feddiff_trainer.fetching import ALONE, fetched_once

@@ -17,7 +17,6 @@ a mixture is made, [-1, 1] from there.
 import argparse
 import gzip
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feddiff.experiment import commit
 from feddiff_protocol.accountant import mu_of
 from feddiff_trainer.clipped_gaussian import ClippedGaussian
 from feddiff_trainer.denoising import ClassGaussian
@@ -645,16 +645,14 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     out = Path(args.out)
     done = {(r["seed"], r["epsilon"], r["name"]) for r in map(json.loads, out.open())} if out.exists() else set()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
+    begun_at = commit()
     for seed in args.seeds:
         owners = Owners(seed)
         for name, epsilon in asked(args):
             if (seed, epsilon, name) in done:
                 continue
             began = time.monotonic()
-            row = {"commit": commit, "seed": seed, "epsilon": epsilon, "name": name}
+            row = {"commit": begun_at, "seed": seed, "epsilon": epsilon, "name": name}
             row |= measured(owners, name, epsilon, seed, with_draws=args.draws)
             row["seconds"] = round(time.monotonic() - began, 1)
             with out.open("a") as file:

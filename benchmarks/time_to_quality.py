@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from unet_speed import CLASSES, commit_name, cpu_name, num_parameters, of_equal_size
+from unet_speed import CLASSES, num_parameters, of_equal_size
 
+from feddiff.experiment import commit, cpu_model
 from feddiff_trainer.batches import loss_of, records
 from feddiff_trainer.metrics import frechet_distance
 from feddiff_trainer.network import Denoiser, NetworkConfig
@@ -63,7 +64,7 @@ def print_row(name: str, num_images: int, learning_rate: float, seed: int) -> No
     distance = frechet_pca(samples(trained, seed), held_out_NCHW, x0_NCHW)
     row = {"network": name, "parameters": num_parameters(model), "images": num_images, "learningRate": learning_rate}
     row |= {"seed": seed, "cpuSeconds": round(seconds, 2), "frechetPca20": round(distance, 4), "batch": BATCH}
-    row |= {"precision": "float32", "device": cpu_name(), "torch": torch.__version__, "commit": commit_name()}
+    row |= {"precision": "float32", "device": cpu_model(), "torch": torch.__version__, "commit": commit()}
     print(json.dumps(row), flush=True)
 
 

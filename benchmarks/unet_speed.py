@@ -10,16 +10,15 @@ preset's widths, at its resolution. One JSON row per network.
 
 import argparse
 import json
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from feddiff.experiment import commit, cpu_model
 from feddiff_protocol.api import ImageSpec, NetworkSpec
 from feddiff_trainer.denoising import denoising_loss, log_normal_sigmas
 from feddiff_trainer.network import Denoiser, NetworkConfig, per_image, preconditioning
@@ -141,26 +140,14 @@ def main() -> None:
         "batch": args.batch,
         "threads": args.threads,
         "precision": "bf16" if device.type == "cuda" else "float32",
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_model(),
         "torch": torch.__version__,
-        "commit": commit_name(),
+        "commit": commit(),
     }
     for name, model in models.items():
         speed = {"min": min(speeds[name]), "median": median(speeds[name]), "max": max(speeds[name])}
         rounded = {key: round(value, 1) for key, value in speed.items()}
         print(json.dumps({"network": name, "parameters": num_parameters(model), "images/s": rounded, **settings}))
-
-
-def commit_name() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return "CPU"
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from typing import Any
 from scipy.stats import t as students
 
 from cluster.federation import RESEARCH, SYSTEM
-from cluster.reliability import commit, hardware
+from cluster.reliability import hardware
 from feddiff.documents import LocalJob, load_job
+from feddiff.experiment import commit
 from feddiff.owner import owner_documents
 from feddiff.run_folder import RunFolder
 from feddiff_protocol import layout

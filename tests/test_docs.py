@@ -19,7 +19,7 @@ import typer
 import yaml
 
 import feddiff
-from feddiff import cluster_budgets, cluster_jobs, store_checks
+from feddiff import cluster_budgets, cluster_jobs, cluster_scene, cluster_why, store_checks
 from feddiff import main as command
 from feddiff.documents import LocalJob, load_documents, load_job
 from feddiff.experiment import check_budgets
@@ -180,12 +180,12 @@ def test_keys_of_a_cluster_are_on_the_page() -> None:
     job = {"metadata": metadata, "spec": {"clients": clients, "privacy": {"epsilon": "1"}}, "status": status}
     labels = {"feddiff.dev/stage": "release", "feddiff.dev/client": "a", "feddiff.dev/attempt": "1"}
     batch = {"metadata": {**metadata, "labels": labels}, "spec": {}}
-    unreadable = (cluster_jobs.Unreadable("c", "privatedatasets", "ask"),)
-    reference = cluster_jobs.JobReference("n", "j", "u")
-    scene = cluster_jobs.Scene(reference, job, attempts=[batch], unreadable=unreadable)
+    unreadable = (cluster_scene.Unreadable("c", "privatedatasets", "ask"),)
+    reference = cluster_scene.JobReference("n", "j", "u")
+    scene = cluster_scene.Scene(reference, job, attempts=[batch], unreadable=unreadable)
     assert missing_keys("status", cluster_jobs.jobs_document([job]), CLI) == set()
     assert missing_keys("status", cluster_jobs.job_document(job), CLI, frozenset({"dropped"})) == set()
-    why = cluster_jobs.why_document(scene)
+    why = cluster_why.why_document(scene)
     assert all(why[name] for name in ("clients", "attempts", "unreadable", "next"))
     assert missing_keys("why", why, CLI) == set()
     assert missing_keys("why", why, CLI.replace("`takesPart`", "`partakes`")) == {"takesPart"}
@@ -628,7 +628,8 @@ def test_every_experiment_of_the_examples_is_admitted(experiment: Path, tmp_path
     loaded = load_experiment(prepared(experiment, tmp_path))
     check_budgets(loaded.units, tmp_path / "out")
     arms = {unit.baseline for unit in loaded.units}
-    assert set(Baseline) <= arms and None in arms
+    # dp-sgd takes a gradient for every record: at these lengths it would be most of the work.
+    assert set(Baseline) - {Baseline.DP_SGD} <= arms and None in arms
     spec = {unit.job.document.spec.network for unit in loaded.units}
     assert len(spec) == 1, "every arm has the same network"
     lengths = {unit.job.document.spec.personal.images for unit in loaded.units}

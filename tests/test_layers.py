@@ -30,7 +30,8 @@ def test_every_import_contract_is_kept() -> None:
         "import feddiff.main, sys; sys.argv = ['feddiff', '--help']\ntry: feddiff.main.main()\nexcept SystemExit: pass",
         "import feddiff.notebook",
         "import feddiff.engine, feddiff.views, feddiff.plan_report, feddiff.owner_stages, feddiff.progress",
-        "import feddiff.on_cluster, feddiff.cluster_jobs, feddiff.cluster_budgets, feddiff.owner, feddiff.store_checks",
+        "import feddiff.on_cluster, feddiff.cluster_jobs, feddiff.cluster_why, feddiff.cluster_budgets",
+        "import feddiff.owner, feddiff.store_checks",
     ],
 )
 def test_the_command_line_loads_neither_torch_nor_numpy_nor_boto3(statement: str) -> None:

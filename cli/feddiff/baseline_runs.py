@@ -15,14 +15,14 @@ from feddiff_protocol.baselines import (
     OwnerRecords,
     TrainBaselineSpec,
 )
-from feddiff_protocol.errors import FINAL_EXIT_CODES, RETRIED_EXIT_CODES, InputMissing, Interrupted
+from feddiff_protocol.errors import FINAL_EXIT_CODES, OUR_BUG, RETRIED_EXIT_CODES, InputMissing, Interrupted
 from feddiff_protocol.plan import StageKey, StageObserved, StagePhase
 from feddiff_protocol.stages import Receipt, job_reference
 
-from .engine import OUR_BUG, Setting
+from .engine import Setting
 from .experiment_file import Unit
 from .owner_stages import StageFailed, finished_sample_spec
-from .processes import INTERRUPTED, Attempt, stop_orphans
+from .processes import Attempt, stop_orphans
 from .run_folder import RunFolder, store_uri
 
 STORE = "not-private"  # of networks and figures, in the folder of a baseline
@@ -87,6 +87,7 @@ def _common(unit: Unit, baseline: Baseline, folder: RunFolder) -> dict[str, obje
         "image": unit.job.first_dataset.document.spec.image,
         "like": unit.job.document.spec,
         **({"rounds": unit.rounds} if unit.rounds is not None else {}),
+        **({"noise_multiplicity": unit.noise_multiplicity} if unit.noise_multiplicity is not None else {}),
         "store": store_uri(folder.path / STORE),
     }
 
@@ -159,7 +160,8 @@ class _Stages:
         spec = json.loads((process.folder / "spec.json").read_text())
         receipt = self.folder.receipt(key, process.attempt, spec["job"]["uid"])
         code, words = process.exit_code(), process.message() or "ended without a receipt"
-        phase = StagePhase.SUCCEEDED if receipt else StagePhase.STOPPED if code == INTERRUPTED else StagePhase.FAILED
+        failed = StagePhase.STOPPED if code == Interrupted.exit_code else StagePhase.FAILED
+        phase = StagePhase.SUCCEEDED if receipt else failed
         self.setting.reporter.stage_ended(
             key, StageObserved(phase, process.attempt, exit_code=code, message=words, receipt=receipt)
         )

@@ -17,6 +17,7 @@ from .answers import AsJson, console, print_json, say_next
 if TYPE_CHECKING:
     from .on_cluster import Cluster
 
+KUBECTL_PLUGIN = "kubectl feddiff"
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job on the cluster: NAME, or NAMESPACE/NAME.")]
 
 
@@ -96,7 +97,7 @@ def _say_where(cluster: "Cluster", all_namespaces: bool = False) -> None:
 @at_place
 def why(job: Job, place: Place, as_json: AsJson = False) -> None:
     """On a cluster: why a job waits or failed, in words, and who has to do what."""
-    from .cluster_jobs import print_why, why_document
+    from .cluster_why import print_why, why_document
     from .on_cluster import read_scene
 
     with place.connect() as cluster:

@@ -18,9 +18,12 @@ from typing import Any, Protocol
 from feddiff_protocol.api import PrivateDataset
 from feddiff_protocol.errors import (
     FINAL_EXIT_CODES,
+    OUR_BUG,
     RETRIED_EXIT_CODES,
     ConfigurationInvalid,
     Interrupted,
+    PrivacyRefusal,
+    StoreUnavailable,
     UsageInvalid,
 )
 from feddiff_protocol.layout import release_name
@@ -60,10 +63,10 @@ from feddiff_protocol.stages import (
 
 from .documents import LocalJob
 from .local_ledger import LocalLedger
-from .processes import INTERRUPTED, Attempt, StartAttempt, StartProcess, num_processes, stop_orphans
+from .processes import Attempt, StartAttempt, StartProcess, num_processes, stop_orphans
 from .run_folder import RunFolder, replace_file, store_uri
 
-OUR_BUG, TOO_LATE, PRIVACY_REFUSED = 1, 69, 77
+TOO_LATE = StoreUnavailable.exit_code  # nothing came in time
 LONGEST_WAIT_SECONDS = 60.0
 ENDED = (JobPhase.COMPLETE, JobPhase.FAILED, JobPhase.SUSPENDED)
 
@@ -345,7 +348,7 @@ class _Engine:
         if process.stop_reason:  # whatever it left with, having saved its work or not: it took too long
             late = Reason.STAGE_DEADLINE_EXCEEDED
             return StageObserved(StagePhase.FAILED, attempt, failures + 1, TOO_LATE, process.stop_reason, reason=late)
-        if process.asked_to_stop_at is not None or code == INTERRUPTED:
+        if process.asked_to_stop_at is not None or code == Interrupted.exit_code:
             return StageObserved(StagePhase.STOPPED, attempt, failures, code)
         message = process.message() or "ended without a receipt"
         return StageObserved(StagePhase.FAILED, attempt, failures + 1, code or OUR_BUG, message)
@@ -373,7 +376,8 @@ class _Engine:
         if status.phase is JobPhase.COMPLETE:
             return Outcome(self.uid, status)
         if status.phase is JobPhase.SUSPENDED:
-            return Outcome(self.uid, status, INTERRUPTED, "spec.suspend is true; set it to false and run again")
+            words = "spec.suspend is true; set it to false and run again"
+            return Outcome(self.uid, status, Interrupted.exit_code, words)
         failed = status.condition("Failed")
         key = self._failed_stage(status)
         log = self.folder.attempt_folder(key, self.stages[key].attempt) / "stderr.log" if key else None
@@ -386,7 +390,7 @@ class _Engine:
 
     def _failure_code(self, reason: str, key: StageKey | None) -> int:
         if reason == Reason.PRIVACY_BUDGET_EXCEEDED:
-            return PRIVACY_REFUSED
+            return PrivacyRefusal.exit_code
         if reason in (Reason.RELEASE_DEADLINE_EXCEEDED, Reason.STAGE_DEADLINE_EXCEEDED):
             return TOO_LATE
         code = self.stages[key].exit_code if key else None

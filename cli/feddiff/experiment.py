@@ -49,7 +49,7 @@ class PromiseMade(Wire):
     delta: str
     unit: str
     releases: int  # of each owner, in this unit
-    attack_auc: float
+    attack_auc: float | None = None  # None: not known more closely than by ε
 
 
 class Row(Wire):
@@ -255,7 +255,7 @@ def _row(experiment: Experiment, unit: Unit, found: Found) -> Row:
         of=unit.of,
         cell=unit.cell,
         seed=unit.seed,
-        promise=promise_made(unit.job) if unit.baseline is None or unit.of is not None else None,
+        promise=promise_made(unit),
         owners=found.owners,
         image_steps=found.image_steps,
         seconds=round(sum(receipt.milliseconds for receipt in found.receipts) / 1000, 1),
@@ -268,15 +268,19 @@ def _row(experiment: Experiment, unit: Unit, found: Found) -> Row:
     )
 
 
-def promise_made(job: LocalJob) -> PromiseMade:
-    privacy = job.document.spec.privacy
+def promise_made(unit: Unit) -> PromiseMade | None:
+    """By the release, or by a baseline's own way; most baselines promise nothing."""
+    own = unit.baseline is not None and unit.baseline.keeps_epsilon
+    if unit.baseline is not None and unit.of is None and not own:
+        return None
+    privacy = unit.job.document.spec.privacy
     return PromiseMade(
-        mechanism=privacy.mechanism.value,
+        mechanism=unit.baseline.value if unit.baseline is not None and own else privacy.mechanism.value,
         epsilon=decimal_text(privacy.epsilon),
         delta=decimal_text(privacy.delta_or_zero),
         unit=privacy.unit,
         releases=1,
-        attack_auc=job.promise.attack_auc,
+        attack_auc=None if own else unit.job.promise.attack_auc,
     )
 
 

@@ -26,7 +26,15 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from feddiff_protocol.api import FederatedDiffusionJob, Mechanism, Name, Text, Wire, parse
-from feddiff_protocol.baselines import DEFAULT_ROUNDS, RELEASE_FIELDS, Baseline, Rounds
+from feddiff_protocol.baselines import (
+    DEFAULT_NOISE_MULTIPLICITY,
+    DEFAULT_ROUNDS,
+    EPSILON_FIELDS,
+    RELEASE_FIELDS,
+    Baseline,
+    NoiseMultiplicity,
+    Rounds,
+)
 from feddiff_protocol.errors import SpecInvalid
 from feddiff_protocol.stages import Seed
 
@@ -48,6 +56,7 @@ class ArmSpec(Wire):
     set: Mapping[FieldPath, Any] = {}
     baseline: Baseline | None = None
     rounds: Rounds | None = None  # of fedavg; 100 unless said
+    noise_multiplicity: NoiseMultiplicity | None = None  # of dp-sgd; 32 unless said
     of: Name | None = None  # the arm whose run a baseline takes; the only job's, unless given
 
     @property
@@ -64,6 +73,13 @@ class ArmSpec(Wire):
     def _rounds_go_with_fedavg(self) -> "ArmSpec":
         if self.rounds is not None and self.baseline is not Baseline.FEDAVG:
             raise ValueError(f"rounds: belongs to baseline fedavg, found {self.baseline or 'none'}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_multiplicity_goes_with_dp_sgd(self) -> "ArmSpec":
+        if self.noise_multiplicity is not None and self.baseline is not Baseline.DP_SGD:
+            found = self.baseline or "none"
+            raise ValueError(f"noiseMultiplicity: belongs to baseline dp-sgd, found {found}; remove it")
         return self
 
     @model_validator(mode="after")
@@ -99,6 +115,7 @@ class Unit:
     job: LocalJob
     baseline: Baseline | None = None  # then `job` is what it is compared with
     rounds: int | None = None  # of fedavg
+    noise_multiplicity: int | None = None  # of dp-sgd
     of: str | None = None  # the arm whose run in the same cell with the same seed a baseline takes
 
     @property
@@ -118,10 +135,13 @@ class Unit:
         """SHA-256 of all that the figures depend on, but for the records themselves."""
         documents = [dataset.document for dataset in self.job.datasets.values()]
         data = [[each.metadata.to_wire(), each.spec.image.to_wire(), each.spec.classes.to_wire()] for each in documents]
-        job: dict[str, Any] = {"spec": self.job.document.spec.to_wire()}
+        spec = self.job.document.spec.to_wire()
+        job: dict[str, Any] = {"spec": spec}
         if self.baseline is not None and not self.baseline.knows_of_releases:
             job = with_fields(job, dict.fromkeys(RELEASE_FIELDS))
         said = [self.arm, self.baseline, self.rounds, self.of, self.seed, job, data]
+        if self.baseline is not None and self.baseline.keeps_epsilon:
+            said += [self.noise_multiplicity, *(spec["privacy"][field] for field in ("epsilon", "delta"))]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def folder(self, out: Path) -> Path:
@@ -225,8 +245,17 @@ def expand(
     for seed, cell, (arm, taken) in itertools.product(spec.seeds, cells, arms):
         local = _job_of(taken or arm, cell, job, datasets[seed], where)
         _check_pooled(arm, local, where)
-        of = taken.called if taken is not None else None
-        unit = Unit(arm.called, concerning(cell, arm.baseline), seed, local, arm.baseline, rounds_of(arm), of)
+        _check_dp_sgd(arm, local, where)
+        unit = Unit(
+            arm.called,
+            concerning(cell, arm.baseline),
+            seed,
+            local,
+            arm.baseline,
+            rounds=rounds_of(arm),
+            noise_multiplicity=noise_multiplicity_of(arm),
+            of=taken.called if taken is not None else None,
+        )
         if unit.key not in known:
             known.add(unit.key)
             yield unit
@@ -236,11 +265,20 @@ def rounds_of(arm: ArmSpec) -> int | None:
     return (arm.rounds or DEFAULT_ROUNDS) if arm.baseline is Baseline.FEDAVG else None
 
 
+def noise_multiplicity_of(arm: ArmSpec) -> int | None:
+    return (arm.noise_multiplicity or DEFAULT_NOISE_MULTIPLICITY) if arm.baseline is Baseline.DP_SGD else None
+
+
 def concerning(cell: Cell, baseline: Baseline | None) -> Cell:
     """The part of a cell that an arm depends on: a baseline that knows of no release is run once for all of them."""
     if baseline is None or baseline.knows_of_releases:
         return cell
-    return {field: value for field, value in cell.items() if not any(_is_within(field, of) for of in RELEASE_FIELDS)}
+    kept = EPSILON_FIELDS if baseline.keeps_epsilon else ()
+    return {
+        field: value
+        for field, value in cell.items()
+        if any(_overlap(field, each) for each in kept) or not any(_is_within(field, of) for of in RELEASE_FIELDS)
+    }
 
 
 def _arm_taken(arm: ArmSpec, arms: Sequence[ArmSpec], where: str) -> ArmSpec | None:
@@ -266,6 +304,24 @@ def _check_pooled(arm: ArmSpec, job: LocalJob, where: str) -> None:
         )
 
 
+def _check_dp_sgd(arm: ArmSpec, job: LocalJob, where: str) -> None:
+    """Raises SpecInvalid, before anything starts, for what its training would refuse."""
+    if arm.baseline is not Baseline.DP_SGD:
+        return
+    spec = job.document.spec
+    if spec.privacy.delta_or_zero == 0:
+        raise SpecInvalid(
+            f"{where}: arm {arm.called}: expected a job with privacy.delta above 0, which Gaussian noise needs, found"
+            f" mechanism {spec.privacy.mechanism} with δ = 0; set another mechanism in this arm"
+        )
+    for client, dataset in job.datasets.items():
+        if spec.personal.batch > (records := sum(dataset.document.spec.classes.records)):
+            raise SpecInvalid(
+                f"{where}: arm {arm.called}: personal.batch: expected at most {records}, the records of client"
+                f" {client}, found {spec.personal.batch}; lower it in this arm"
+            )
+
+
 def _check_distinct(spec: ExperimentSpec, where: str) -> None:
     listed = {"arms": [arm.called for arm in spec.arms], "seeds": [str(seed) for seed in spec.seeds]}
     listed |= {f"grid.{field}": [_text(value) for value in values] for field, values in spec.grid.items()}
@@ -276,9 +332,7 @@ def _check_distinct(spec: ExperimentSpec, where: str) -> None:
 
 def _check_arms(spec: ExperimentSpec, where: str) -> None:
     for arm in spec.arms:
-        if both := sorted(
-            path for path in arm.set for field in spec.grid if _is_within(path, field) or _is_within(field, path)
-        ):
+        if both := sorted(path for path in arm.set for field in spec.grid if _overlap(path, field)):
             raise SpecInvalid(
                 f"{where}: arm {arm.called}: sets {both[0]}, which the grid varies; leave it out of one of them"
             )
@@ -286,6 +340,10 @@ def _check_arms(spec: ExperimentSpec, where: str) -> None:
 
 def _is_within(field: str, path: str) -> bool:
     return f"{field}.".startswith(f"{path}.")
+
+
+def _overlap(field: str, path: str) -> bool:
+    return _is_within(field, path) or _is_within(path, field)
 
 
 def _job_of(arm: ArmSpec, cell: Cell, job: Mapping[str, Any], datasets: Iterable[LocalDataset], where: str) -> LocalJob:

@@ -179,10 +179,8 @@ def promised(row: Row) -> str:
     made = row.promise
     if made is None:
         return row.baseline.leaves if row.baseline is not None else "unknown"
-    return (
-        f"{made.mechanism}: ε = {made.epsilon} per {made.unit}, δ = {made.delta}, k = {made.releases},"
-        f" best attack's AUC {made.attack_auc:.3f}"
-    )
+    attack = f", best attack's AUC {made.attack_auc:.3f}" if made.attack_auc is not None else ""
+    return f"{made.mechanism}: ε = {made.epsilon} per {made.unit}, δ = {made.delta}, k = {made.releases}{attack}"
 
 
 def _provenance(rows: Sequence[Row]) -> str:
@@ -286,11 +284,11 @@ def _std(values: Sequence[float]) -> float | None:
 
 
 def _attack_auc(rows: Sequence[Row], field: str | None) -> list[list[float]]:
-    """(x, area under the curve of the best possible attack), where it is the same for all arms and moves with x."""
-    found: dict[float, set[float]] = {}
+    """(x, area under the curve of the best possible attack), where it is known and the same for all arms, and moves."""
+    found: dict[float, set[float | None]] = {}
     for row in rows:
         if field is not None and (x := _number(row.cell.get(field))) is not None:
             found.setdefault(x, set()).add(row.promise.attack_auc if row.promise is not None else 0.5)
-    same = all(len(values) == 1 for values in found.values())
-    points = [[x, values.pop()] for x, values in sorted(found.items())] if same else []
-    return points if len({auc for _, auc in points}) > 1 else []
+    same = all(len(values) == 1 and None not in values for values in found.values())
+    points = [[x, auc] for x, values in sorted(found.items()) for auc in values if auc is not None]
+    return points if same and len({auc for _, auc in points}) > 1 else []

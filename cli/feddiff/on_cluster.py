@@ -11,15 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 from feddiff_protocol.errors import ConfigurationInvalid, FeddiffError, InputMissing, UsageInvalid
+from feddiff_protocol.labels import ATTEMPT, CLIENT, JOB_NAME, JOB_NAMESPACE, JOB_UID, STAGE
 
 from .cluster_budgets import Books
-from .cluster_jobs import (
-    CLIENT,
-    JOB_NAME,
-    JOB_NAMESPACE,
-    JOB_UID,
+from .cluster_scene import (
     SHARED_STAGES,
-    STAGE,
     JobReference,
     Object,
     Scene,
@@ -215,9 +211,7 @@ def read_job(cluster: Cluster, name: str) -> Object:
     namespace, name, _ = _place(cluster, name)
     found = cluster.get(JOBS, namespace, name)
     if found is None:
-        raise InputMissing(
-            f"there is no job {namespace}/{name} (context {cluster.context}); -n names another namespace"
-        )
+        raise _no_job(cluster, namespace, name)
     return found
 
 
@@ -395,7 +389,7 @@ def _pod_log(cluster: Cluster, attempt: Object, pod: Object) -> Object:
         "pod": metadata["name"],
         "stage": label(attempt, STAGE),
         "client": label(attempt, CLIENT),
-        "attempt": label(attempt, "feddiff.dev/attempt"),
+        "attempt": label(attempt, ATTEMPT),
         "lines": cluster.log(metadata["namespace"], metadata["name"]).splitlines(),
     }
 

@@ -22,14 +22,13 @@ from typing import Any, Protocol
 import psutil
 
 from feddiff_protocol.baselines import AnyBaselineSpec, BaselineSpec
-from feddiff_protocol.errors import FINAL_EXIT_CODES
+from feddiff_protocol.errors import FINAL_EXIT_CODES, Interrupted
 from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import AnyStageSpec, TrainSharedSpec
 
 RECEIPT_VARIABLE = "FEDDIFF_TERMINATION_LOG"
 EXITS_VARIABLE = "FEDDIFF_EXIT_FOLDER"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-INTERRUPTED = 75
 MESSAGE_LENGTH = 500
 PR_SET_PDEATHSIG = 1
 
@@ -93,11 +92,11 @@ class Attempt(ABC):
     def exit_code(self) -> int:
         """What the stage itself said where it could."""
         own = self._own_code()
-        if own in (0, INTERRUPTED):
+        if own in (0, Interrupted.exit_code):
             return own
         said = {int(path.read_text()) for path in (self.folder / "exits").iterdir()}
         # 75 of a rank that was stopped because another one failed explains nothing.
-        telling = sorted(said - {0, INTERRUPTED}, key=lambda each: each not in FINAL_EXIT_CODES)
+        telling = sorted(said - {0, Interrupted.exit_code}, key=lambda each: each not in FINAL_EXIT_CODES)
         return telling[0] if telling else own
 
     def progress(self) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,6 @@ from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import Stage
 
 from .processes import (
-    INTERRUPTED,
     AnySpec,
     Attempt,
     StageCommand,
@@ -150,7 +149,8 @@ class RayAttempt(Attempt):
 
     def _own_code(self) -> int:
         failed = [code for code in self._codes if code]
-        return next((code for code in failed if code != INTERRUPTED), INTERRUPTED) if failed else 0
+        stopped = Interrupted.exit_code
+        return next((code for code in failed if code != stopped), stopped) if failed else 0
 
     def _stop_the_others(self) -> None:
         if self._failed_at is None:
@@ -190,7 +190,7 @@ def _rank(rank: int, num_ranks: int, folder: Path, command: list[str], told: Map
     if num_ranks > 1:
         place = _meeting_point(rank, folder)
         if not place:
-            return INTERRUPTED
+            return Interrupted.exit_code
         environment |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(num_ranks)} | place
     with (folder / "stderr.log").open("ab") as stderr, (folder / "stdout.log").open("ab") as stdout:
         process = subprocess.Popen(

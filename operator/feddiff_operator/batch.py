@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from feddiff_protocol.labels import CLIENT, COMPLETION_INDEX, JOB_NAME_OF_POD, STAGE
 from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import Stage
 
-from .workloads import CLIENT, COMPLETION_INDEX, CONTAINER, STAGE
+from .workloads import CONTAINER
 
 Object = Mapping[str, Any]
 
@@ -60,7 +61,7 @@ def time_of(text: str) -> datetime:
 
 def job_name_of(pod: Object) -> str:
     labels = labels_of(pod)
-    return str(labels.get("batch.kubernetes.io/job-name") or labels.get("job-name") or "")
+    return str(labels.get(JOB_NAME_OF_POD) or labels.get("job-name") or "")
 
 
 def pods_of(job: Object, pods: Iterable[Object]) -> list[Object]:
@@ -71,6 +72,14 @@ def pods_of(job: Object, pods: Iterable[Object]) -> list[Object]:
         if job_name_of(pod) == name_of(job)
         and labels_of(pod).get("batch.kubernetes.io/controller-uid") in (None, job["metadata"].get("uid"))
     ]
+
+
+def pods_by_job(pods: Iterable[Object]) -> dict[str, list[Object]]:
+    """The pods under the names of their Jobs: a thousand Jobs do not each look through all pods."""
+    result: dict[str, list[Object]] = {}
+    for pod in pods:
+        result.setdefault(job_name_of(pod), []).append(pod)
+    return result
 
 
 def phase_of(pod: Object) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from feddiff_protocol.labels import JOB_NAME, JOB_NAMESPACE, JOB_UID
+
 from .metrics import job_facts
 
 V = TypeVar("V")
-
-JOB_UID, JOB_NAME, JOB_NAMESPACE = "feddiff.dev/job-uid", "feddiff.dev/job", "feddiff.dev/job-namespace"
 
 
 class Children(Protocol):

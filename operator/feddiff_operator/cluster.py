@@ -147,12 +147,6 @@ class Cluster:
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"} | ({"dryRun": "All"} if rehearsal else {})
         return (await self._call("POST", path, query, obj)).object()
 
-    async def apply(self, kind: Kind, obj: Object) -> Object:
-        """The object after a server-side apply in which our fields win."""
-        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
-        path = kind.path(obj["metadata"]["namespace"], obj["metadata"]["name"])
-        return (await self._call("PATCH", path, query, obj, "application/apply-patch+yaml")).object()
-
     async def replace_status(self, kind: Kind, obj: Object) -> Object:
         """The object with its status replaced, if it still is the version that `obj` was. Raises Conflict if not."""
         metadata = obj["metadata"]

@@ -20,8 +20,9 @@ from typing import Any, NoReturn, Protocol
 from kubernetes.aio.config import ConfigException
 
 from feddiff_protocol.errors import ConfigurationInvalid, FeddiffError, Interrupted, UsageInvalid
+from feddiff_protocol.labels import JOB_UID, MANAGER, STOPPED
 
-from .children import JOB_UID
+from .aftermath import FINALIZER
 from .cluster import (
     CONFIG_MAP,
     FDJ,
@@ -37,8 +38,7 @@ from .cluster import (
     Refused,
     Unavailable,
 )
-from .observe import STOPPED, is_over, stopping
-from .reconcile import FINALIZER, MANAGER
+from .observe import is_over, stopping
 
 REASON = "Uninstalled"
 HOLDER, DRAINED = "drain", "drained"  # in the Lease: while it lasts, and afterwards

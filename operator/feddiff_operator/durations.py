@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from .observe import EXIT_CODE, INTERRUPTED, LOST, RECEIPT
-from .workloads import CONTAINER, STAGE
+from feddiff_protocol.errors import Interrupted
+from feddiff_protocol.labels import EXIT_CODE, LOST, RECEIPT, STAGE
+
+from .workloads import CONTAINER
 
 Object = Mapping[str, Any]
 
@@ -37,7 +39,7 @@ def ended_now(job: Object, pods: Iterable[Object], record: Mapping[str, str]) ->
 def _result(record: Mapping[str, str]) -> str:
     if RECEIPT in record:
         return "succeeded"
-    return "stopped" if record.get(EXIT_CODE) in (LOST, str(INTERRUPTED)) else "failed"
+    return "stopped" if record.get(EXIT_CODE) in (LOST, str(Interrupted.exit_code)) else "failed"
 
 
 def _run(pod: Object) -> tuple[datetime, datetime] | None:

@@ -28,17 +28,10 @@ from feddiff_protocol.api import (
     parse,
 )
 from feddiff_protocol.errors import PrivacyRefusal, SpecInvalid
+from feddiff_protocol.labels import ACKNOWLEDGE
 from feddiff_protocol.layout import release_name
 from feddiff_protocol.ledger import Account, Entry, Phase, Refusal
-from feddiff_protocol.ledger_objects import (
-    ACKNOWLEDGE,
-    Books,
-    account_of,
-    dataset_status,
-    entry_of,
-    release_object,
-    with_status_of,
-)
+from feddiff_protocol.ledger_objects import Books, account_of, dataset_status, entry_of, release_object, with_status_of
 from feddiff_protocol.plan import Hold
 from feddiff_protocol.promise import promise_of
 

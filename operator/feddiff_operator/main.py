@@ -27,6 +27,7 @@ from kubernetes.aio.config import ConfigException
 from yarl import URL
 
 from feddiff_protocol.errors import ConfigurationInvalid
+from feddiff_protocol.labels import JOB_UID
 
 from . import health
 from .children import Children, Seen, Shelf, owner_of
@@ -447,7 +448,7 @@ def _kopf_settings(patience: Patience) -> kopf.OperatorSettings:
     settings.networking.request_timeout = 60
     settings.watching.chunk_size = 500
     for kind in (JOB, POD):
-        settings.watching.label_selectors[_resource(kind)] = "feddiff.dev/job-uid"
+        settings.watching.label_selectors[_resource(kind)] = JOB_UID
     return settings
 
 

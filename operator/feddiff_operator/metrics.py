@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from feddiff_protocol.labels import ACKNOWLEDGE
 from feddiff_protocol.plan import Reason
 
 from .watch import resource_of
@@ -112,7 +113,7 @@ def dataset_facts(body: Mapping[str, Any]) -> DatasetFacts:
         remaining_pure=str(held.get("remainingPure", "")),
         consistent=not any(c.get("status") == "False" for c in contradicted),
         generation=int(metadata.get("generation", 0)),
-        acknowledged=str((metadata.get("annotations") or {}).get("feddiff.dev/acknowledge-ledger", "")),
+        acknowledged=str((metadata.get("annotations") or {}).get(ACKNOWLEDGE, "")),
     )
 
 

@@ -18,14 +18,24 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset
-from feddiff_protocol.errors import FINAL_EXIT_CODES, SpecInvalid
-from feddiff_protocol.ledger import access_refusal
-from feddiff_protocol.plan import ClientObserved, Hold, Reason, StageKey, StageObserved, StagePhase
-from feddiff_protocol.promise import check_datasets
+from feddiff_protocol.api import FederatedDiffusionJob
+from feddiff_protocol.errors import FINAL_EXIT_CODES, Interrupted
+from feddiff_protocol.labels import (
+    ATTEMPT,
+    CLIENT,
+    EXIT_CODE,
+    JOB_UID,
+    LOST,
+    MESSAGE,
+    RECEIPT,
+    STAGE,
+    STOPPED,
+    STOPPED_BECAUSE,
+    UNKNOWN,
+)
+from feddiff_protocol.plan import Reason, StageKey, StageObserved, StagePhase
 from feddiff_protocol.stages import RECEIPT_BYTES, Receipt, Stage
 
-from . import workloads
 from .batch import (
     annotations_of,
     condition_of,
@@ -39,41 +49,24 @@ from .batch import (
     is_out_of_time,
     is_suspended,
     is_terminated,
-    job_name_of,
     key_of,
     labels_of,
     name_of,
     phase_of,
+    pods_by_job,
     pods_of,
     running_since,
     time_of,
     was_deleted_first,
 )
-from .workloads import (
-    ATTEMPT,
-    CLIENT,
-    JOB_UID,
-    QUEUE_NAME,
-    STAGE,
-    Setting,
-    child_name,
-)
+from .workloads import QUEUE_NAME, child_name
 
 Object = Mapping[str, Any]
 
-STOPPED = "feddiff.dev/stopped"  # why we suspended it: a Reason; a deadline's makes it a failure
-STOPPED_BECAUSE = "feddiff.dev/stopped-because"  # the same in words
-RECEIPT = "feddiff.dev/receipt"
-EXIT_CODE = "feddiff.dev/exit-code"  # a number, or one of the two words below; goes with MESSAGE
-MESSAGE = "feddiff.dev/message"
-LOST, UNKNOWN = "lost", "unknown"  # taken away by the platform; ended without an exit code
-
 DEADLINES = (Reason.STAGE_DEADLINE_EXCEEDED, Reason.START_DEADLINE_EXCEEDED)
-INTERRUPTED = 75
 LONGEST_RETRY_SECONDS = 300.0
 ZOMBIE_SECONDS = 60.0  # beyond its grace period a pod that does not end is on a node that does not answer
 PREPARATION_SECONDS = 60.0  # until a pod that is not there, or not running, is worth a word
-CONTRADICTION = "contradicts itself"  # how every ledger begins to say that it needs its owner
 WORDS_LENGTH = 300
 SHOWN_CLIENTS = 5
 # What the next stage needs to trust the bytes.
@@ -87,7 +80,7 @@ MEANING = {
     69: "a store does not answer",
     73: "output cannot be written",
     74: "an input or output error",
-    INTERRUPTED: "interrupted",
+    75: "interrupted",
     77: "privacy refusal, nothing was sent",
     78: "configuration invalid",
     137: "killed",
@@ -183,13 +176,6 @@ def deadlines(job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable
         if not over and not is_suspended(each) and (deadline := _deadline(job, each, own)) is not None:
             found.append(deadline)
     return found
-
-
-def overdue(
-    job: FederatedDiffusionJob, jobs: Iterable[Object], pods: Iterable[Object], now: datetime
-) -> list[Deadline]:
-    """The attempts to stop now, each with the deadline's annotations."""
-    return [deadline for deadline in deadlines(job, jobs, pods) if deadline.at <= now]
 
 
 def releasing_since(jobs: Iterable[Object], pods: Iterable[Object]) -> datetime | None:
@@ -290,7 +276,7 @@ def _ended(job: Object, number: int, record: Mapping[str, str]) -> StageObserved
         return StageObserved(StagePhase.FAILED, number, message=words, reason=Reason(stopped))
     if stopped is not None:
         return StageObserved(StagePhase.STOPPED, number, exit_code=exit_code, message=f"stopped: {stopped}")
-    if code == LOST or exit_code == INTERRUPTED:
+    if code == LOST or exit_code == Interrupted.exit_code:
         return StageObserved(StagePhase.STOPPED, number, exit_code=exit_code, message=message)
     message = message or "its pod is gone and left neither receipt nor exit code"
     return StageObserved(StagePhase.FAILED, number, exit_code=exit_code, message=message)
@@ -385,7 +371,7 @@ def _telling(pods: Sequence[Object]) -> Object:
 
     def order(pod: Object) -> tuple[int, str]:
         code = exit_code_of(pod)
-        rank = 0 if code in FINAL_EXIT_CODES else 3 if code == INTERRUPTED else 2 if code in (137, 143) else 1
+        rank = 0 if code in FINAL_EXIT_CODES else 3 if code == Interrupted.exit_code else 2 if code in (137, 143) else 1
         return min(rank, 1) if is_out_of_memory(pod) else rank, ending_of(pod).get("finishedAt") or ""
 
     return min(pods, key=order)
@@ -490,51 +476,7 @@ def _whose(stage: str, clients: Sequence[str]) -> str:
     return f"{stage} of {shown} and {more} more" if more > 0 else f"{stage} of {shown}"
 
 
-# ---- Clients -----------------------------------------------------------------------------------------------------
-
-
-def client_observed(
-    job: FederatedDiffusionJob, client: str, dataset: PrivateDataset | None, hold: Hold, refusal: str, setting: Setting
-) -> ClientObserved:
-    """What the plan is told about one client: its hold, and why it cannot take part, if so.
-
-    `refusal` is what its ledger would answer to a reservation now. All that can be refused is refused before the
-    budget is charged: access, image, stores, source, overlay.
-    """
-    if dataset is None:
-        (reference,) = [each.dataset for each in job.spec.clients if each.name == client]
-        words = refusal or f"there is no dataset {reference.namespace}/{reference.name}; its owner has to create it"
-        return ClientObserved(hold, words, Reason.DATASET_MISSING)
-    if denied := access_refusal(dataset, job):
-        return ClientObserved(hold, denied.message, Reason.ACCESS_DENIED)
-    if words := _image_refusal(dataset, setting):
-        return ClientObserved(hold, words, Reason.IMAGE_NOT_ALLOWED)
-    try:
-        workloads.places(job, {client: dataset})
-        workloads.check_overlay(dataset.spec.pod_template, f"{client}: spec.podTemplate", identities=True)
-    except workloads.InvalidPodTemplate as error:
-        return ClientObserved(hold, str(error), Reason.INVALID_POD_TEMPLATE)
-    except SpecInvalid as error:
-        return ClientObserved(hold, str(error), Reason.INVALID_SPEC)
-    mismatch = CONTRADICTION in refusal
-    return ClientObserved(hold, refusal, Reason.LEDGER_MISMATCH if mismatch else Reason.PRIVACY_BUDGET_EXCEEDED)
-
-
-def _image_refusal(dataset: PrivateDataset, setting: Setting) -> str:
-    allowed = dataset.spec.images
-    if allowed and setting.trainer_image not in allowed:
-        name = f"{dataset.metadata.namespace}/{dataset.metadata.name}"
-        return f"dataset {name} allows the images {', '.join(allowed)}, the installation runs {setting.trainer_image}"
-    return ""
-
-
-def misfit(job: FederatedDiffusionJob, datasets: Mapping[str, PrivateDataset]) -> str:
-    """Why these clients' datasets cannot be trained on together, or nothing."""
-    try:
-        check_datasets(job, datasets)
-    except SpecInvalid as error:
-        return str(error)
-    return ""
+# ---- What was recorded, and what stops -----------------------------------------------------------------------------
 
 
 def with_recorded_release(
@@ -549,14 +491,6 @@ def with_recorded_release(
     outputs = {"manifest": manifest_sha256}
     receipt = Receipt(stage=Stage.RELEASE, job_uid=uid, client=client, attempt=attempt, outputs=outputs, milliseconds=0)
     return {**stages, key: StageObserved(StagePhase.SUCCEEDED, attempt, receipt=receipt)}
-
-
-def pods_by_job(pods: Iterable[Object]) -> dict[str, list[Object]]:
-    """The pods under the names of their Jobs: a thousand Jobs do not each look through all pods."""
-    result: dict[str, list[Object]] = {}
-    for pod in pods:
-        result.setdefault(job_name_of(pod), []).append(pod)
-    return result
 
 
 def stopping(annotations: Mapping[str, str]) -> dict[str, Any]:

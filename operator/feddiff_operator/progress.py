@@ -16,12 +16,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from feddiff_protocol.labels import CLIENT, COMPLETION_INDEX, STAGE
 from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import Stage
 from feddiff_protocol.telemetry import METRICS_PORT, PROGRESS_BYTES, PROGRESS_PATH, StageProgress
 
-from .observe import pods_by_job
-from .workloads import CLIENT, COMPLETION_INDEX, STAGE
+from .batch import pods_by_job
 
 ASK_SECONDS = 2.0
 ANSWER_BYTES = 1024 + PROGRESS_BYTES  # head and body together

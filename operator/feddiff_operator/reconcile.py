@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
-from feddiff_protocol.errors import PrivacyRefusal, SpecInvalid
+from feddiff_protocol.errors import ConfigurationInvalid, PrivacyRefusal, SpecInvalid
+from feddiff_protocol.labels import CLIENT, MANAGER, STAGE, STOPPED
 from feddiff_protocol.ledger import Entry, Phase
 from feddiff_protocol.plan import (
     ChargeReservation,
@@ -48,8 +49,10 @@ from feddiff_protocol.stages import (
     train_shared_spec,
 )
 
-from .batch import condition_of, time_of
+from .aftermath import Aftermath
+from .batch import condition_of, pods_by_job, time_of
 from .children import Children, Once
+from .clients import client_observed, misfit
 from .cluster import (
     CONFIG_MAP,
     FDJ,
@@ -58,7 +61,6 @@ from .cluster import (
     SERVICE,
     AlreadyExists,
     Cluster,
-    Conflict,
     Invalid,
     Kind,
     Object,
@@ -69,14 +71,10 @@ from .events import Recorder
 from .ledger import ClientLedger, ClusterLedger, charge_of
 from .metrics import Metrics
 from .observe import (
-    STOPPED,
     Deadline,
     children_of,
-    client_observed,
     deadlines,
     is_over,
-    misfit,
-    pods_by_job,
     record_of,
     releasing_since,
     retry_at,
@@ -87,17 +85,16 @@ from .observe import (
 )
 from .progress import Progresses, targets
 from .settings import Settings
-from .status import ended, expires_at, job_status
-from .workloads import CLIENT, JOB_UID, STAGE, InvalidPodTemplate, Setting, check_overlay, places, stage_objects
+from .status import ended, job_status
+from .versions import Versions
+from .workloads import InvalidPodTemplate, Setting, check_overlay, places, stage_objects
 
-FINALIZER = "feddiff.dev/stop-pods"
-MANAGER = "feddiff.dev/operator"
 ASK_AGAIN_SECONDS = 30.0  # for what no watch tells of: a quota, a missing permission, a dataset that somebody mends
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (JOB, CONFIG_MAP, SERVICE)}
 
 
 class Reconciler:
-    """Everything that is done to the cluster is done here, or by the ledger on its behalf."""
+    """Everything that is done to the cluster is done here, or by the ledger and the aftermath on its behalf."""
 
     def __init__(
         self,
@@ -114,9 +111,10 @@ class Reconciler:
         self.setting = Setting(settings.trainer_image)
         self.clock = clock
         self.understood = Once(_understood, most=500)
-        # What a watch may not have shown yet: jobs that we have written or read ourselves, by namespace and name; and
-        # by job uid, clients that we have charged, and those whose ledgers refused what they had seemed to allow.
-        self.newer: dict[tuple[str, str], Object] = {}
+        self.versions = Versions(cluster)
+        self.aftermath = Aftermath(cluster, ledger, recorder, clock, self.versions, self.understood)
+        # What a watch may not have shown yet, by job uid: clients that we have charged, and those whose ledgers refused
+        # what they had seemed to allow.
         self.charged: dict[str, dict[str, Entry]] = {}
         self.doubted: dict[str, set[str]] = {}
         # What the API server said to our children, by job uid; after a restart it says so again.
@@ -130,22 +128,24 @@ class Reconciler:
 
     async def job(self, namespace: str, name: str, children: Children) -> float | None:
         """The job is one step further. Seconds until it wants to be looked at again; None: when something happens."""
-        found = await self._newest(namespace, name, children)
+        found = await self.versions.newest(namespace, name, children)
         if strangers := children.strangers(namespace, name, found["metadata"]["uid"] if found else ""):
-            if found is not None and not await self._is_current(found):
+            if found is not None and not await self.versions.is_current(found):
                 return 0.0
-            await self._remove_orphans(strangers)
+            await self.aftermath.remove_orphans(strangers)
         if found is None or found["metadata"].get("deletionTimestamp") or ended(found):
             self.progress.forget(namespace, name)
         if found is None:
             return None
         if found["metadata"].get("deletionTimestamp"):
-            return await self._say_farewell(found, children)
+            self._forget(found["metadata"]["uid"])
+            return await self.aftermath.say_farewell(found, children)
         if found["spec"].get("managedBy") not in (None, MANAGER):
             return None
         if ended(found):
-            return await self._clean_up(found, children)
-        found = await self._with_finalizer(found)
+            self._forget(found["metadata"]["uid"])
+            return await self.aftermath.clean_up(found, children)
+        found = await self.aftermath.with_finalizer(found)
         job = self.understood(found)
         if isinstance(job, SpecInvalid):
             reason = Reason.INVALID_POD_TEMPLATE if isinstance(job, InvalidPodTemplate) else Reason.INVALID_SPEC
@@ -153,32 +153,10 @@ class Reconciler:
             return 0.0
         return await self._one_step(found, job, children)
 
-    # -- the job itself: what the watches show, unless we have written or read something newer
-
-    async def _newest(self, namespace: str, name: str, children: Children) -> Object | None:
-        """The newest version of the job that we know of; where no watch has shown it, as it is now."""
-        seen, ours = children.job(namespace, name), self.newer.get((namespace, name))
-        if seen is None:
-            self.newer.pop((namespace, name), None)
-            return await self.cluster.get(FDJ, namespace, name)
-        if ours is not None and ours["metadata"]["uid"] == seen["metadata"]["uid"] and _version(ours) > _version(seen):
-            return ours
-        self.newer.pop((namespace, name), None)
-        return seen
-
-    async def _is_current(self, found: Object) -> bool:
-        """Whether the job is still as it was found: asked before anything is charged, started, stopped or deleted on
-        its behalf, since a watch may be late. If not, the next look is at what it is now."""
-        metadata = found["metadata"]
-        now = await self.cluster.get(FDJ, metadata["namespace"], metadata["name"])
-        if now is None or now["metadata"]["uid"] != metadata["uid"]:
-            raise Conflict(f"job {metadata['namespace']}/{metadata['name']} is gone, which no watch has shown yet")
-        self._remember(now)
-        return bool(now["metadata"]["resourceVersion"] == metadata["resourceVersion"])
-
-    def _remember(self, found: Object) -> Object:
-        self.newer[found["metadata"]["namespace"], found["metadata"]["name"]] = found
-        return found
+    def _forget(self, uid: str) -> None:
+        """Nothing is remembered of a job that is over."""
+        for remembered in (self.hindrances, self.refused, self.charged, self.doubted):
+            remembered.pop(uid, None)
 
     async def _one_step(self, found: Object, job: FederatedDiffusionJob, children: Children) -> float | None:
         uid = found["metadata"]["uid"]
@@ -193,7 +171,7 @@ class Reconciler:
         observed = await self._observe(scene, ledgers)
         decision = plan(job, observed)
         ends = decision.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED)
-        if ends and not await self._is_current(found):
+        if ends and not await self.versions.is_current(found):
             return 0.0
         if ends:  # the last look that has a plan
             await self._carry_out(scene, decision, observed, ledgers)
@@ -201,7 +179,7 @@ class Reconciler:
             return 0.0
         if await self._publish(found, decision.status, observed, scene):
             return 0.0  # what was decided is written before it is acted on; the next look acts
-        if decision.actions and not await self._is_current(found):
+        if decision.actions and not await self.versions.is_current(found):
             return 0.0
         return await self._carry_out(scene, decision, observed, ledgers)
 
@@ -272,7 +250,9 @@ class Reconciler:
             stages = await self._released(scene, name, ledger, stages)
         if words := self.refused.get(scene.uid, {}).get(""):
             key = (Stage.TRAIN_SHARED, "") if (Stage.TRAIN_SHARED, "") not in stages else (Stage.REPORT, "")
-            stages[key] = StageObserved(StagePhase.FAILED, 1, 1, 78, words, reason=Reason.INVALID_POD_TEMPLATE)
+            stages[key] = StageObserved(
+                StagePhase.FAILED, 1, 1, ConfigurationInvalid.exit_code, words, reason=Reason.INVALID_POD_TEMPLATE
+            )
         return Observed(
             clients=clients,
             stages=stages,
@@ -308,14 +288,14 @@ class Reconciler:
             await self.ledger.record_manifest(scene.job, scene.uid, client, manifest, ledger.entry)
         except PrivacyRefusal as refusal:
             self.recorder.record(scene.found, "SecondRelease", str(refusal), warning=True)
-            failed = StageObserved(StagePhase.FAILED, seen.attempt, seen.num_failures + 1, 77, str(refusal))
-            return {**stages, key: failed}
+            failures, code = seen.num_failures + 1, refusal.exit_code
+            return {**stages, key: StageObserved(StagePhase.FAILED, seen.attempt, failures, code, str(refusal))}
         return stages
 
     async def _stop_what_is_overdue(self, scene: "_Scene") -> float | None:
         """When to look again, if attempts had to be stopped; None when all are in time."""
         late = [each for each in scene.deadlines if each.at <= scene.now]
-        if late and not await self._is_current(scene.found):
+        if late and not await self.versions.is_current(scene.found):
             return 0.0
         for each in late:
             await self._suspend(each.namespace, each.name, each.annotations)
@@ -338,7 +318,7 @@ class Reconciler:
         before = found.get("status") or {}
         if wanted == before:
             return False
-        self._remember(await self.cluster.replace_status(FDJ, {**found, "status": wanted}))
+        self.versions.remember(await self.cluster.replace_status(FDJ, {**found, "status": wanted}))
         if wanted["phase"] != before.get("phase"):
             failed = wanted["phase"] == JobPhase.FAILED
             reason = status.condition("Failed").reason if failed else wanted["phase"]
@@ -492,109 +472,6 @@ class Reconciler:
             )
         return owner_stage_spec(start.stage, job, uid, client, datasets[client], releases, denoiser, where, attempt)
 
-    # -- the end
-
-    async def _with_finalizer(self, found: Object) -> Object:
-        """The job, sure not to vanish before its pods in other namespaces are stopped."""
-        metadata = found["metadata"]
-        finalizers = metadata.get("finalizers") or []
-        if FINALIZER in finalizers:
-            return found
-        return await self._set_finalizers(metadata, [*finalizers, FINALIZER])
-
-    async def _say_farewell(self, found: Object, children: Children) -> float | None:
-        """A deleted job leaves its ledger's entries, and nothing else."""
-        metadata = found["metadata"]
-        finalizers = metadata.get("finalizers") or []
-        if FINALIZER not in finalizers:
-            return None
-        await self._give_back_all(found, children)
-        if await self._delete_children(found, children):
-            return 1.0  # until every Job is gone; its pods go with it
-        self._forget(metadata["uid"])
-        await self._set_finalizers(metadata, [one for one in finalizers if one != FINALIZER])
-        return None
-
-    async def _set_finalizers(self, metadata: Object, finalizers: Sequence[str]) -> Object:
-        """The job with these finalizers. Raises Conflict if it is no longer the version that was read: a merge patch
-        that names a version holds for that one alone."""
-        change = {"metadata": {"resourceVersion": metadata["resourceVersion"], "finalizers": list(finalizers)}}
-        return self._remember(await self.cluster.patch(FDJ, metadata["namespace"], metadata["name"], change))
-
-    def _forget(self, uid: str) -> None:
-        """Nothing is remembered of a job that is over."""
-        for remembered in (self.hindrances, self.refused, self.charged, self.doubted):
-            remembered.pop(uid, None)
-
-    async def _give_back_all(self, found: Object, children: Children) -> None:
-        """What is only reserved is returned; what is charged stays charged. A job that was never understood holds
-        nothing."""
-        job, uid = self.understood(found), found["metadata"]["uid"]
-        if isinstance(job, SpecInvalid):
-            return
-        shown = [self._entry(release) for release in children.releases_of(uid)]
-        charged = {each.client for each in shown if isinstance(each, Entry) and each.phase is Phase.CHARGED}
-        for client in job.spec.clients:
-            if client.name in charged:
-                continue
-            with suppress(Refused):  # who took our rights away can read in the entry that its job is gone
-                if (await self.ledger.look(job, uid, client.name)).hold is Hold.RESERVED:
-                    await self.ledger.give_back(job, uid, client.name)
-
-    async def _delete_children(self, found: Object, children: Children) -> bool:
-        """Whether there were any left. Read anew, and in every namespace of the job: a watch may be late."""
-        uid, own = found["metadata"]["uid"], found["metadata"]["namespace"]
-        of_owners = [each["dataset"].get("namespace", "default") for each in found["spec"].get("clients") or []]
-        places = [(kind, each) for kind in (JOB, CONFIG_MAP) for each in sorted({own, *of_owners})]
-        left = [await self._delete_in(found, kind, namespace, uid) for kind, namespace in [*places, (SERVICE, own)]]
-        return any(left) or any(not is_over(each) for each in children.jobs_of(uid))
-
-    async def _delete_in(self, found: Object, kind: Kind, namespace: str, uid: str) -> bool:
-        """The same in one namespace. An owner who has taken our rights away does not hold the job back: what still
-        runs there is seen by the watch."""
-        try:
-            left = await self.cluster.list(kind, namespace, f"{JOB_UID}={uid}")
-            for child in left:
-                await self.cluster.delete(kind, namespace, child["metadata"]["name"], child["metadata"]["uid"])
-        except Refused as refusal:
-            self.recorder.record(found, "CleanUpRefused", str(refusal), warning=True)
-            return False
-        return bool(left)
-
-    async def _clean_up(self, found: Object, children: Children) -> float | None:
-        """An ended job keeps what cleanPodPolicy says, for as long as ttlSecondsAfterFinished says."""
-        uid = found["metadata"]["uid"]
-        self._forget(uid)
-        policy = found["spec"].get("cleanPodPolicy", "Running")
-        left = [*children.jobs_of(uid), *children.pods_of(uid)] if policy == "All" else []
-        running = [each for each in children.jobs_of(uid) if not is_over(each)] if policy == "Running" else []
-        if (left or running) and not await self._is_current(found):
-            return 0.0
-        if left:
-            await self._delete_children(found, children)
-        for child in running:
-            await self._suspend(child["metadata"]["namespace"], child["metadata"]["name"], {STOPPED: "NotNeeded"})
-        return await self._expire(found)
-
-    async def _expire(self, found: Object) -> float | None:
-        """Seconds until ttlSecondsAfterFinished has passed; then the job is deleted."""
-        at = expires_at(found)
-        if at is None:
-            return None
-        if (left := (at - self.clock()).total_seconds()) > 0:
-            return left
-        if not await self._is_current(found):
-            return 0.0
-        metadata = found["metadata"]
-        await self.cluster.delete(FDJ, metadata["namespace"], metadata["name"], metadata["uid"])
-        return None
-
-    async def _remove_orphans(self, strangers: Iterable[Object]) -> None:
-        """Jobs of an earlier job of this name, whose finalizer somebody took away."""
-        for child in strangers:
-            metadata = child["metadata"]
-            await self.cluster.delete(JOB, metadata["namespace"], metadata["name"], metadata["uid"])
-
 
 @dataclass(frozen=True)
 class _Scene:
@@ -664,12 +541,6 @@ def _understood(found: Mapping[str, Any]) -> FederatedDiffusionJob | SpecInvalid
     except SpecInvalid as error:
         return error
     return job
-
-
-def _version(found: Object) -> int:
-    """Later versions of one object have larger numbers; what is no number is never taken for newer."""
-    text = str(found["metadata"].get("resourceVersion", ""))
-    return int(text) if text.isdecimal() else 0
 
 
 def _under_uid(dataset: PrivateDataset, uid: str) -> PrivateDataset:

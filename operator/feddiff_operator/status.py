@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from feddiff_protocol.labels import ATTEMPT, STAGE
 from feddiff_protocol.plan import (
     OWNER_STAGES,
     Condition,
@@ -21,7 +22,6 @@ from feddiff_protocol.plan import (
 from feddiff_protocol.stages import Stage
 
 from .progress import Known
-from .workloads import ATTEMPT, STAGE
 
 SHOWN_DROPPED = 20
 DROPPED_LENGTH = 300

@@ -12,20 +12,22 @@ from typing import Any
 
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, SourceSpec, StoreReference
 from feddiff_protocol.errors import SpecInvalid
+from feddiff_protocol.labels import (
+    ATTEMPT,
+    CLIENT,
+    COMPLETION_INDEX,
+    JOB_NAME,
+    JOB_NAMESPACE,
+    JOB_UID,
+    MANAGED_BY,
+    STAGE,
+)
 from feddiff_protocol.stages import AnyStageSpec, Places, Stage, TrainSharedSpec
 from feddiff_protocol.telemetry import METRICS_PORT, METRICS_PORT_NAME, METRICS_PORT_VARIABLE
 
 Manifest = dict[str, Any]
 
-JOB_UID = "feddiff.dev/job-uid"
-JOB_NAME = "feddiff.dev/job"
-JOB_NAMESPACE = "feddiff.dev/job-namespace"
-STAGE = "feddiff.dev/stage"
-CLIENT = "feddiff.dev/client"
-ATTEMPT = "feddiff.dev/attempt"
-MANAGED_BY = "app.kubernetes.io/managed-by"
 QUEUE_NAME = "kueue.x-k8s.io/queue-name"
-COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 
 CONTAINER = "stage"
 SPEC_FOLDER, DATA_FOLDER, SCRATCH_FOLDER = "/etc/feddiff", "/data", "/tmp"

@@ -1,7 +1,7 @@
 """Baselines of an experiment, what a job is compared with: their names, and the specs of their two stages.
 
 An experiment on one machine alone carries them out. No job names one, so no cluster ever does: most of them see the
-clean records of all owners together, and promise nothing to anybody.
+clean records of all owners together, and but for dp-sgd they promise nothing to anybody.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,6 +18,7 @@ class Baseline(StrEnum):
     LOCAL = "local"  # each owner's own clean records, from pure noise
     CENTRAL = "central"  # everybody's clean records, in one network
     FEDAVG = "fedavg"  # one network, whose weights all owners train on their own records and average
+    DP_SGD = "dp-sgd"  # each owner's own clean records by DP-SGD, at the job's ε and δ
     ORACLE = "oracle"  # the job with everybody's records in place of what was released, the split being the same
     # Of a job's own run, whose denoisers and releases they take:
     ALONE = "alone"  # the personal denoiser from pure noise, without any shared one
@@ -40,12 +41,17 @@ class Baseline(StrEnum):
         """Whether it depends on what a job releases, or on where its split is."""
         return self.is_of_a_run or self is Baseline.ORACLE
 
+    @property
+    def keeps_epsilon(self) -> bool:
+        """Whether it keeps the job's ε and δ, by a way of its own."""
+        return self is Baseline.DP_SGD
+
     def networks(self, clients: Iterable[str]) -> list[str]:
         """Whose networks it trains; "" is one that all have in common."""
         if self.is_of_a_run:
             return []
-        common = [] if self is Baseline.LOCAL else [""]
-        own = list(clients) if self in (Baseline.LOCAL, Baseline.ORACLE) else []
+        common = [] if self in (Baseline.LOCAL, Baseline.DP_SGD) else [""]
+        own = list(clients) if self in (Baseline.LOCAL, Baseline.DP_SGD, Baseline.ORACLE) else []
         return common + own
 
 
@@ -61,9 +67,12 @@ RELEASE_FIELDS = (
     *("privacy", "shared", "diffusion.splitSigma", "diffusion.timeline"),
     *("personal.releaseShare", "personal.releaseSigma", "personal.clipMix"),
 )
+EPSILON_FIELDS = ("privacy.epsilon", "privacy.delta")  # but one that keeps ε depends on these
 
 DEFAULT_ROUNDS = 100
 Rounds = Annotated[int, Field(ge=1, le=10**6), WHOLE]
+DEFAULT_NOISE_MULTIPLICITY = 32  # DPDM's for MNIST
+NoiseMultiplicity = Annotated[int, Field(ge=1, le=1024), WHOLE]
 
 
 class OwnerRecords(Wire):
@@ -83,6 +92,7 @@ class BaselineSpec(SeededSpec):
     image: ImageSpec
     like: FederatedDiffusionJobSpec  # the job: network, image-steps, batch, rate and sampler are its own
     rounds: Rounds = DEFAULT_ROUNDS  # of fedavg
+    noise_multiplicity: NoiseMultiplicity = DEFAULT_NOISE_MULTIPLICITY  # of dp-sgd: noise levels of a record in a step
     run: SampleSpec | None = None  # of the job whose run a baseline takes, for this client
     store: Uri
 

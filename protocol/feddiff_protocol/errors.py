@@ -1,11 +1,13 @@
 """The one tree of errors a user can meet; each class is one exit code (sysexits), each message says
 what was expected, what was found and what to do."""
 
+OUR_BUG = 1  # the exit code of every other exception
+
 
 class FeddiffError(Exception):
-    """Something the user, the data or the platform can mend; anything else is our bug (exit code 1)."""
+    """Something the user, the data or the platform can mend; anything else is our bug."""
 
-    exit_code = 1
+    exit_code = OUR_BUG
 
 
 class UsageInvalid(FeddiffError):

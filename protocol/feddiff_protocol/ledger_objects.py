@@ -23,11 +23,10 @@ from .api import (
     parse,
 )
 from .errors import SpecInvalid
+from .labels import ACKNOWLEDGE, CLIENT, DATASET, JOB_NAME, JOB_NAMESPACE, JOB_UID, MANAGED_BY
 from .ledger import Account, Entry, Phase, excess, remaining_epsilon, remaining_pure_epsilon
 
 Object = dict[str, Any]
-
-ACKNOWLEDGE = "feddiff.dev/acknowledge-ledger"
 
 # ---- Entries -----------------------------------------------------------------------------------------------------
 
@@ -38,12 +37,12 @@ def release_object(namespace: str, dataset: str, entry: Entry) -> Object:
     Raises SpecInvalid when it would not come back as the same entry (a charge with more digits than the API holds).
     """
     labels = {
-        "app.kubernetes.io/managed-by": "feddiff",
-        "feddiff.dev/job-uid": entry.job_uid,
-        "feddiff.dev/job": entry.job_name,
-        "feddiff.dev/job-namespace": entry.job_namespace,
-        "feddiff.dev/client": entry.client,
-        "feddiff.dev/dataset": dataset,
+        MANAGED_BY: "feddiff",
+        JOB_UID: entry.job_uid,
+        JOB_NAME: entry.job_name,
+        JOB_NAMESPACE: entry.job_namespace,
+        CLIENT: entry.client,
+        DATASET: dataset,
     }
     release = {
         "apiVersion": API_VERSION,

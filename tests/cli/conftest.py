@@ -4,9 +4,8 @@ A stage here is `/bin/sh` writing the receipt that the real one would; what it d
 """
 
 import hashlib
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from feddiff import engine, notebook
 from feddiff import main as command
 from feddiff.documents import LocalJob, load_job
 from feddiff.engine import Outcome, Setting, run_job
@@ -190,6 +190,18 @@ def world(tmp_path: Path) -> World:
 
 
 @pytest.fixture
+def in_the_trainers_place(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeStages], FakeStages]:
+    """The command, and `feddiff.run`, start the given stages instead of the trainer."""
+
+    def put(stages: FakeStages) -> FakeStages:
+        for module in (engine, notebook):
+            monkeypatch.setattr(module, "Setting", lambda **given: Setting(start_attempt=StartProcess(stages), **given))
+        return stages
+
+    return put
+
+
+@pytest.fixture
 def feddiff(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Runs the command in this process; returns (exit code, stdout, stderr)."""
 
@@ -201,8 +213,3 @@ def feddiff(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return code, said.out, said.err
 
     return run
-
-
-@pytest.fixture
-def json_lines(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    yield lambda: [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster_books import books, entry, shown
+from cluster_objects import books, entry, shown
 from feddiff import cluster_budgets
 from feddiff.cluster_budgets import Books, budget_document, print_budgets
 from feddiff_protocol import ledger, ledger_objects

@@ -9,17 +9,17 @@ from urllib.parse import unquote
 
 import pytest
 
-from feddiff import engine, processes
 from feddiff.baseline_runs import measuring_specs, training_specs
 from feddiff.engine import Setting
 from feddiff.experiment import ROWS, Row, read_rows, run_experiment
 from feddiff.experiment_file import load_experiment
+from feddiff.experiment_table import table
 from feddiff.local_ledger import read_ledger
 from feddiff.owner_stages import StageFailed
 from feddiff.processes import StartProcess, stage_command
 from feddiff.run_folder import RunFolder
 from feddiff_protocol import layout
-from feddiff_protocol.baselines import Baseline, MeasureBaselineSpec
+from feddiff_protocol.baselines import Baseline, MeasureBaselineSpec, TrainBaselineSpec
 from feddiff_protocol.errors import Interrupted, PrivacyRefusal, SpecInvalid
 from feddiff_protocol.stages import EvaluateSpec, ReleaseSpec, SampleSpec, Stage, TrainPersonalSpec, TrainSharedSpec
 
@@ -265,11 +265,9 @@ def test_an_owner_who_lets_nobody_ask_for_so_much_is_heard_before_anything_start
 
 
 @pytest.fixture
-def feddiff(feddiff: Any, monkeypatch: pytest.MonkeyPatch, study: Study) -> Any:
+def feddiff(feddiff: Any, in_the_trainers_place: Any, study: Study) -> Any:
     """The command, its stages being the study's."""
-    setting = engine.Setting
-    start = processes.StartProcess(study.stages)
-    monkeypatch.setattr(engine, "Setting", lambda **given: setting(start_attempt=start, **given))
+    in_the_trainers_place(study.stages)
     return feddiff
 
 
@@ -341,6 +339,23 @@ def test_a_baseline_that_knows_no_release_is_run_once_for_all_epsilons(study: St
 def test_a_baseline_costs_no_budget(study: Study) -> None:
     study.fields |= {"seeds": [0, 1], "arms": [{"name": "ours"}, {"baseline": "local"}, {"baseline": "central"}]}
     assert len(study.run()) == 6  # two releases at ε = 10 are all that the budget holds
+
+
+def test_dp_sgd_trains_every_owners_network_at_the_jobs_promise_and_says_so_in_its_row(study: Study) -> None:
+    arm = {"baseline": "dp-sgd", "noiseMultiplicity": 4, "set": {"personal.batch": 5}}
+    study.fields = {"seeds": [0, 1], "arms": [arm, {"baseline": "local"}], "grid": {"privacy.epsilon": ["1", "30"]}}
+    rows = study.run()
+    assert [row.arm for row in rows] == ["dp-sgd", "local", "dp-sgd"] * 2
+    first, local, second = rows[:3]
+    assert first.promise is not None and second.promise is not None and local.promise is None
+    assert (first.promise.mechanism, first.promise.epsilon, first.promise.delta) == ("dp-sgd", "1", "1e-5")
+    assert (second.promise.epsilon, second.promise.releases, second.promise.attack_auc) == ("30", 1, None)
+    assert first.image_steps == {"dp-sgd": 1_000_000}
+    assert spent(study) == 0  # nothing leaves; an owner who lets nobody ask for ε = 30 need not
+    trained = [spec for spec in study.stages.specs if isinstance(spec, TrainBaselineSpec) and spec.baseline == "dp-sgd"]
+    asked = {(spec.client, str(spec.like.privacy.epsilon), spec.noise_multiplicity, spec.seed) for spec in trained}
+    assert asked == {(client, epsilon, 4, seed) for client in "ab" for epsilon in ("1", "30") for seed in (0, 1)}
+    assert "dp-sgd: ε = 1 per image, δ = 1e-5, k = 1 |" in table(rows)
 
 
 def test_a_stopped_baseline_goes_on_and_repeats_no_stage(study: Study) -> None:

@@ -10,6 +10,8 @@ from feddiff.experiment_file import Experiment, load_experiment, slug, with_fiel
 from feddiff_protocol.errors import InputMissing, SpecInvalid
 
 GAUSSIAN = {"privacy.mechanism": "gaussian", "privacy.momentClipNorm": None, "diffusion.splitSigma": None}
+PRIVUNIT = {"privacy.mechanism": "privunit", "privacy.momentClipNorm": None, "privacy.delta": None}
+SMALL = {"personal.batch": 5}
 
 
 def loaded(world: Any, **fields: Any) -> Experiment:
@@ -79,6 +81,31 @@ def test_what_is_asked_for_differs_with_whatever_changes_a_figure(world: Any) ->
     assert units[0].asked == loaded(world, grid={"privacy.epsilon": ["1"]}).units[0].asked
 
 
+def test_dp_sgd_is_run_for_every_promise_and_for_nothing_else_of_a_release(world: Any) -> None:
+    grid = {"privacy.epsilon": ["1", "10"], "privacy.clipNorm": ["3", "4"], "shared.images": [1000, 2000]}
+    units = loaded(world, arms=[{"name": "ours"}, {"baseline": "dp-sgd", "set": SMALL}], grid=grid).units
+    assert [unit.cell for unit in units if unit.baseline] == [{"privacy.epsilon": "1"}, {"privacy.epsilon": "10"}]
+    assert len({unit.asked for unit in units}) == 8 + 2
+
+
+def test_a_grid_of_whole_privacies_is_one_of_promises_too(world: Any) -> None:
+    (job,) = [unit.job for unit in loaded(world).units]
+    privacy = job.document.spec.privacy.to_wire()
+    grid = {"privacy": [privacy, privacy | {"epsilon": "3"}]}
+    units = loaded(world, arms=[{"baseline": "dp-sgd", "set": SMALL}, {"baseline": "local"}], grid=grid).units
+    assert [unit.arm for unit in units] == ["dp-sgd", "local", "dp-sgd"]
+
+
+def test_what_dp_sgd_is_asked_for_differs_with_its_promise_and_noise_levels_alone(world: Any) -> None:
+    def asked(**fields: Any) -> str:
+        changed = {"baseline": "dp-sgd"} | fields
+        return loaded(world, arms=[changed | {"set": SMALL | fields.get("set", {})}]).units[0].asked
+
+    different = [{}, {"set": {"privacy.epsilon": "2"}}, {"set": {"privacy.delta": "1e-6"}}, {"noiseMultiplicity": 4}]
+    assert len({asked(**fields) for fields in different}) == 4
+    assert asked() == asked(noiseMultiplicity=32) == asked(set={"privacy.clipNorm": "3"})
+
+
 def test_fields_are_set_by_their_paths_and_the_job_itself_stays_as_it_is() -> None:
     job = {"spec": {"privacy": {"epsilon": "1"}}}
     before = copy.deepcopy(job)
@@ -97,6 +124,9 @@ def test_fields_are_set_by_their_paths_and_the_job_itself_stays_as_it_is() -> No
         ({"arms": [{"name": "A b"}]}, "arms.0.name: "),
         ({"arms": [{}]}, "arms.0: expected a name, or a baseline, found neither"),
         ({"arms": [{"name": "a", "rounds": 5}]}, "rounds: belongs to baseline fedavg, found none"),
+        ({"arms": [{"name": "a", "noiseMultiplicity": 5}]}, "belongs to baseline dp-sgd, found none"),
+        ({"arms": [{"baseline": "dp-sgd", "set": {"personal.batch": 9999}}]}, "the records of client a, found 9999"),
+        ({"arms": [{"baseline": "dp-sgd", "set": PRIVUNIT}]}, "arm dp-sgd: expected a job with privacy.delta above 0"),
         ({"arms": [{"baseline": "locally"}]}, "arms.0.baseline: "),
         ({"arms": [{"name": "a", "of": "b"}]}, "of: belongs to a baseline of a job's run, found none"),
         ({"arms": [{"baseline": "alone"}]}, "arm alone: of: expected the name of an arm that is a job, there is none"),

@@ -23,16 +23,8 @@ CLIENT_KEYS = {
 
 
 @pytest.fixture
-def fake_stages(monkeypatch: pytest.MonkeyPatch, world: Any) -> Any:
-    """`feddiff run` starts these instead of the trainer."""
-    from feddiff import engine
-
-    stages = world.stages()
-    setting = engine.Setting
-    monkeypatch.setattr(
-        engine, "Setting", lambda **given: setting(start_attempt=processes.StartProcess(stages), **given)
-    )
-    return stages
+def fake_stages(in_the_trainers_place: Any, world: Any) -> Any:
+    return in_the_trainers_place(world.stages())
 
 
 # ---- plan --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 import feddiff
-from feddiff import engine, notebook, processes
+from feddiff import notebook
 from feddiff.run_folder import RunFolder
 from feddiff.tables import html_list, html_table
 from feddiff_protocol.errors import FeddiffError, InputMissing, Interrupted, PrivacyRefusal, UsageInvalid
@@ -35,12 +35,8 @@ def said(request: pytest.FixtureRequest) -> Callable[..., tuple[int, str, str]]:
 
 
 @pytest.fixture
-def stages(monkeypatch: pytest.MonkeyPatch, world: Any) -> Any:
-    """`feddiff.run` starts these instead of the trainer."""
-    fakes = world.stages()
-    start = processes.StartProcess(fakes)
-    monkeypatch.setattr(notebook, "Setting", lambda **given: engine.Setting(start_attempt=start, **given))
-    return fakes
+def stages(in_the_trainers_place: Any, world: Any) -> Any:
+    return in_the_trainers_place(world.stages())
 
 
 # ---- What is there ---------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from cluster.kubernetes import CommandFailed, ControlPlane
 from feddiff import main as command
 from feddiff_operator import observe, workloads
 from feddiff_operator.status import job_status
-from feddiff_protocol import ledger
+from feddiff_protocol import labels, ledger
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
 from feddiff_protocol.ledger import Account, Entry, Phase
 from feddiff_protocol.ledger_objects import Books, dataset_status, release_object, with_status_of
@@ -271,7 +271,7 @@ def waiting_job(world: World) -> FederatedDiffusionJob:
         outputs={"manifest": DIGEST},
         milliseconds=1,
     )
-    world.start(job, Stage.RELEASE, "a", {observe.RECEIPT: receipt.to_line()})
+    world.start(job, Stage.RELEASE, "a", {labels.RECEIPT: receipt.to_line()})
     batch = world.start(job, Stage.RELEASE, "b", {})
     (pod,) = world.pods(batch)
     scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": UNSCHEDULABLE}
@@ -295,7 +295,7 @@ def failed_job(world: World) -> FederatedDiffusionJob:
     for client, namespace in (("a", world.a), ("b", world.b)):
         world.charge(job, namespace, client)
     message = "spec or data invalid; its log: kubectl logs …"
-    world.start(job, Stage.RELEASE, "b", {observe.EXIT_CODE: "65", observe.MESSAGE: message})
+    world.start(job, Stage.RELEASE, "b", {labels.EXIT_CODE: "65", labels.MESSAGE: message})
     stages: dict[StageKey, StageObserved] = {
         (Stage.RELEASE, "b"): StageObserved(StagePhase.FAILED, 1, 1, exit_code=65, message=message)
     }
@@ -726,15 +726,6 @@ def test_nothing_is_ever_written(
         if event["user"]["username"] in who and event["userAgent"].startswith("OpenAPI-Generator"):
             verbs.add(event["verb"])
     assert verbs == {"get", "list"}
-
-
-def test_the_words_on_children_are_the_operators_own() -> None:
-    from feddiff import cluster_jobs
-
-    for name in ("JOB_UID", "JOB_NAME", "JOB_NAMESPACE", "STAGE", "CLIENT", "ATTEMPT", "COMPLETION_INDEX"):
-        assert getattr(cluster_jobs, name) == getattr(workloads, name)
-    for name in ("RECEIPT", "STOPPED", "STOPPED_BECAUSE", "EXIT_CODE", "MESSAGE"):
-        assert getattr(cluster_jobs, name) == getattr(observe, name)
 
 
 def test_the_roles_bound_here_are_the_charts() -> None:

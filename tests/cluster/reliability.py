@@ -2,12 +2,11 @@
 
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 from cluster.chaos import Outcome
+from feddiff.experiment import commit, cpu_model
 
 TEXT = """# Reliability
 
@@ -85,12 +84,5 @@ def _attempts(outcome: Outcome) -> str:
     return ", ".join(f"{number} × {stage}" for stage, number in more if number > 1) or "one each"
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def hardware() -> str:
-    cpus = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(line.partition(": ")[2] for line in cpus if line.startswith("model name"))
-    return f"{os.cpu_count()} cores of {model}, Linux {platform.release()}"
+    return f"{os.cpu_count()} cores of {cpu_model()}, Linux {platform.release()}"

@@ -23,10 +23,11 @@ import pytest
 from cluster.evidence import keys_of, leaks, readable
 from cluster.federation import RESEARCH, OwnFederation, Watch, federation, phase
 from cluster.overhead import Ran, added_seconds, pod_start_seconds, stages_that_ran
-from cluster.reliability import commit, hardware
+from cluster.reliability import hardware
 from cluster.scraping import Discovery
 from digits_federation import CLIENTS, NAME, OWNERS, digest_of, figures_of, outside, rows_of, write_files
 from feddiff.documents import load_job
+from feddiff.experiment import commit
 from feddiff_protocol import layout
 from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import Stage

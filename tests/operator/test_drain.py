@@ -16,6 +16,7 @@ import yaml
 
 from cluster.kubernetes import PROGRAMS
 from feddiff_operator import drain as draining
+from feddiff_operator.aftermath import FINALIZER
 from feddiff_operator.cluster import (
     CONFIG_MAP,
     FDJ,
@@ -31,7 +32,6 @@ from feddiff_operator.cluster import (
 )
 from feddiff_operator.drain import AFTERWARDS_SECONDS, Drain, main
 from feddiff_operator.lease import Election
-from feddiff_operator.reconcile import FINALIZER
 from feddiff_protocol.errors import ConfigurationInvalid, Interrupted
 from many_jobs import Hospital, Object, Operator, books_in_order, made_twice
 from virtual_time import now, run

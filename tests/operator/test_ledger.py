@@ -21,8 +21,9 @@ from feddiff_protocol import ledger, ledger_objects
 from feddiff_protocol.accountant import budget_mu_squared, total_charge
 from feddiff_protocol.api import FederatedDiffusionJob
 from feddiff_protocol.errors import PrivacyRefusal
+from feddiff_protocol.labels import ACKNOWLEDGE
 from feddiff_protocol.ledger import Entry, Phase
-from feddiff_protocol.ledger_objects import ACKNOWLEDGE, account_of, entry_of
+from feddiff_protocol.ledger_objects import account_of, entry_of
 from feddiff_protocol.plan import Hold
 
 Object = dict[str, Any]

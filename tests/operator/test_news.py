@@ -7,7 +7,7 @@ from feddiff_operator.cluster import PDS, PRL
 from feddiff_operator.ledger import ClusterLedger
 from feddiff_operator.news import _spent, news
 from feddiff_protocol.api import FederatedDiffusionJob
-from feddiff_protocol.ledger_objects import ACKNOWLEDGE
+from feddiff_protocol.labels import ACKNOWLEDGE
 from many_jobs import START, dataset, job
 
 Object = dict[str, Any]

@@ -2,19 +2,17 @@
 
 import copy
 import json
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 
 from batch_objects import (
     NOW,
-    SETTING,
     SHA,
     UID,
     batch_job,
     complete,
-    dataset,
     disruption,
     failed,
     job,
@@ -26,20 +24,11 @@ from batch_objects import (
     with_condition,
 )
 from feddiff_operator.observe import (
-    EXIT_CODE,
-    LOST,
     MEANING,
-    MESSAGE,
-    RECEIPT,
-    STOPPED,
-    STOPPED_BECAUSE,
-    UNKNOWN,
+    Deadline,
     children_of,
-    client_observed,
     deadlines,
     is_over,
-    misfit,
-    overdue,
     record_of,
     releasing_since,
     retry_at,
@@ -48,8 +37,8 @@ from feddiff_operator.observe import (
     with_recorded_release,
 )
 from feddiff_protocol import errors
-from feddiff_protocol.ledger import Account, Charge, Entry, Refusal, reserve
-from feddiff_protocol.plan import Hold, Reason, StageObserved, StagePhase
+from feddiff_protocol.labels import EXIT_CODE, LOST, MESSAGE, RECEIPT, STOPPED, STOPPED_BECAUSE, UNKNOWN
+from feddiff_protocol.plan import Reason, StageObserved, StagePhase
 from feddiff_protocol.stages import RECEIPT_BYTES, Stage
 
 Object = dict[str, Any]
@@ -386,9 +375,12 @@ def test_losses_wait_too_but_what_we_stopped_goes_on_at_once() -> None:
 LIMITS = {"startSeconds": 100, "stageSeconds": 50, "trainShared": {"stageSeconds": 500}}
 
 
+def overdue(child: Object, pods: list[Object], now: datetime) -> list[Deadline]:
+    return [each for each in deadlines(job(deadlines=LIMITS), [child], pods) if each.at <= now]
+
+
 def late(child: Object, pods: list[Object], at: int) -> list[Reason]:
-    asked = job(deadlines=LIMITS)
-    return [each.reason for each in overdue(asked, [child], pods, NOW + timedelta(seconds=at))]
+    return [each.reason for each in overdue(child, pods, NOW + timedelta(seconds=at))]
 
 
 def test_an_attempt_that_runs_too_long_is_overdue() -> None:
@@ -401,7 +393,7 @@ def test_an_attempt_that_waits_too_long_is_overdue_with_the_schedulers_words() -
     child = release()
     waits = pod(child, "Pending", conditions=unscheduled())
     assert late(child, [waits], 99) == []
-    (deadline,) = overdue(job(deadlines=LIMITS), [child], [waits], NOW + timedelta(seconds=100))
+    (deadline,) = overdue(child, [waits], NOW + timedelta(seconds=100))
     assert deadline.reason is Reason.START_DEADLINE_EXCEEDED
     assert "deadlines.startSeconds = 100: Unschedulable: 0/3 nodes" in deadline.message
     assert late(child, [], 100) == [Reason.START_DEADLINE_EXCEEDED], "no pod could even be created"
@@ -426,8 +418,8 @@ def test_time_in_a_queue_or_after_the_end_does_not_count() -> None:
         release(startTime=None),
         spoken,
     ):
-        assert overdue(job(deadlines=LIMITS), [each], [], ended) == []
-    assert overdue(job(deadlines=LIMITS), [child], [pod(child, "Failed", exit_code=69)], ended) == []
+        assert overdue(each, [], ended) == []
+    assert overdue(child, [pod(child, "Failed", exit_code=69)], ended) == []
     assert deadlines(job(), [child], [pod(child)]) == []
 
 
@@ -452,7 +444,7 @@ def test_a_release_whose_pod_is_gone_began_when_its_job_was_let_start(record: di
 
 def test_an_attempt_stopped_at_its_deadline_has_failed_with_that_reason() -> None:
     child = release()
-    (deadline,) = overdue(job(deadlines=LIMITS), [child], [pod(child)], NOW + timedelta(seconds=50))
+    (deadline,) = overdue(child, [pod(child)], NOW + timedelta(seconds=50))
     end = stopped(child, **deadline.annotations)
     end["metadata"]["annotations"] |= deadline.annotations
     left = pod(child, "Failed", exit_code=75, deleted=NOW)
@@ -542,56 +534,7 @@ def test_a_job_whose_labels_name_and_namespace_disagree_is_not_ours(changes: dic
     assert len(children_of(job(), UID, [forged(), batch_job(Stage.TRAIN_SHARED), batch_job(Stage.REPORT)])) == 3
 
 
-# ---- Clients -----------------------------------------------------------------------------------------------------
-
-
-def client(hold: Hold = Hold.NONE, refusal: str = "", **of_dataset: Any) -> tuple[str, Reason]:
-    seen = client_observed(job(), "a", dataset("a", **of_dataset), hold, refusal, SETTING)
-    return seen.refusal, seen.reason
-
-
-@pytest.mark.parametrize(
-    ("of_dataset", "reason", "words"),
-    [
-        ({"access": []}, Reason.ACCESS_DENIED, "lets no job of namespace research"),
-        ({"access": [{"namespace": "research", "maxEpsilon": "1"}]}, Reason.ACCESS_DENIED, "ask for ε ≤ 1"),
-        (
-            {"images": ["registry/trainer@sha256:1"]},
-            Reason.IMAGE_NOT_ALLOWED,
-            "the installation runs registry/trainer:1",
-        ),
-        ({"store": None}, Reason.INVALID_SPEC, "dataset clinic-a/scans: spec.store"),
-        ({"source": {"format": "npz", "path": "../b.npz"}}, Reason.INVALID_SPEC, "relative to the volume"),
-        ({"podTemplate": {"spec": {"hostNetwork": True}}}, Reason.INVALID_POD_TEMPLATE, "hostNetwork"),
-    ],
-)
-def test_what_can_be_refused_is_refused_before_the_budget_is_charged(
-    of_dataset: dict[str, Any], reason: Reason, words: str
-) -> None:
-    refusal, found = client(**of_dataset)
-    assert (found, words in refusal) == (reason, True), refusal
-
-
-def test_a_client_in_order_is_not_refused_and_a_missing_dataset_is_named() -> None:
-    assert client()[0] == ""
-    missing = client_observed(job(), "a", None, Hold.NONE, "", SETTING)
-    assert (missing.reason, "clinic-a/scans" in missing.refusal) == (Reason.DATASET_MISSING, True)
-
-
-def test_a_ledger_that_contradicts_itself_is_told_from_a_budget_that_is_spent() -> None:
-    own = dataset("a")
-    entry = Entry("prl-x", "u", "n", "j", "uid", "a", "gaussian", "image", job().spec.privacy.epsilon,
-                  job().spec.privacy.delta, Charge(), "")  # fmt: skip
-    refused = reserve(own.spec.budget, Account(num_entries=1), [], entry)
-    assert isinstance(refused, Refusal)
-    assert client(refusal=refused.message)[1] is Reason.LEDGER_MISMATCH
-    assert client(refusal="spent so far")[1] is Reason.PRIVACY_BUDGET_EXCEEDED
-
-
-def test_datasets_that_do_not_fit_together_are_named() -> None:
-    other = dataset("b", image={"channels": 3, "height": 8, "width": 8})
-    assert misfit(job(), {"a": dataset("a"), "b": dataset("b")}) == ""
-    assert "must agree on image" in misfit(job(), {"a": dataset("a"), "b": other})
+# ---- What was recorded, and what stops -----------------------------------------------------------------------------
 
 
 def test_a_release_that_the_ledger_has_recorded_is_done_though_its_job_was_deleted() -> None:

@@ -23,6 +23,7 @@ from feddiff_operator.metrics import Metrics
 from feddiff_operator.progress import Progresses
 from feddiff_operator.reconcile import Reconciler
 from feddiff_operator.settings import Settings
+from feddiff_operator.versions import Versions
 from feddiff_protocol.ledger import inconsistency
 from feddiff_protocol.ledger_objects import account_of, entry_of
 from feddiff_protocol.stages import Stage
@@ -698,10 +699,10 @@ def test_nothing_is_charged_or_started_for_a_job_that_only_a_late_watch_shows_al
 def test_an_operator_that_believed_its_watch_would_charge_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: nothing is read before the charge."""
 
-    async def believes(self: Reconciler, found: Object) -> bool:
+    async def believes(self: Versions, found: Object) -> bool:
         return True
 
-    monkeypatch.setattr(Reconciler, "_is_current", believes)
+    monkeypatch.setattr(Versions, "is_current", believes)
     world = World()
     operator, late = ready_to_charge(world)
 

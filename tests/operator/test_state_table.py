@@ -30,10 +30,10 @@ from batch_objects import (
     with_condition,
 )
 from feddiff_operator import observe
+from feddiff_operator.clients import client_observed
 from feddiff_operator.observe import (
     children_of,
-    client_observed,
-    overdue,
+    deadlines,
     record_of,
     releasing_since,
     retry_at,
@@ -120,8 +120,9 @@ class World:
             return None
         for child in self.children.values():
             child["metadata"]["annotations"] |= record_of(child, self.pods.values()) or {}
-        for late in overdue(self.asked, self.children.values(), self.pods.values(), self.now):
-            self.stop(late.name, late.annotations)
+        for limit in deadlines(self.asked, self.children.values(), self.pods.values()):
+            if limit.at <= self.now:
+                self.stop(limit.name, limit.annotations)
         observed = self.observed()
         decision = plan(self.asked, observed)
         check_speaks(decision, observed)

@@ -231,6 +231,43 @@ def test_federated_averaging_is_measured_with_the_network_in_common(folder: Path
     assert figures(measuring(folder, "fedavg", "b"))["client"] == "b"
 
 
+# ---- DP-SGD -----------------------------------------------------------------------------------------------------
+
+
+def test_dp_sgd_trains_on_its_owners_records_alone_at_the_jobs_promise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+
+    def of_records(images_NCHW: Tensor, label_N: Tensor, **settings: Any) -> str:
+        told.update(settings, marks=((images_NCHW[:, 0, 0, 0] + 1) / 2).unique().tolist())
+        return "gradients"
+
+    def noticed(network: Any, gradients: Any, **settings: Any) -> Any:
+        told.update(settings, gradients=gradients)
+        return network
+
+    monkeypatch.setattr(train_baseline, "denoiser_gradients", of_records)
+    monkeypatch.setattr(train_baseline, "dp_sgd", noticed)
+    train_baseline.body(training(folder, "dp-sgd", "b", noiseMultiplicity=5))
+    assert told["marks"] == pytest.approx([BRIGHTNESS["b"]]) and told["gradients"] == "gradients"
+    assert (told["num_records"], told["epsilon"], told["multiplicity"]) == (25, 10, 5)
+    assert told["delta"] == pytest.approx(1e-5) and told["delta"] <= 1e-5
+    assert (told["num_images"], told["batch"]) == (IMAGES, BATCH)
+    assert "seed" not in told  # of the initial weights only: who knows it knows no noise
+
+
+def test_dp_sgd_learns_and_is_measured_and_its_noise_follows_no_seed(folder: Path) -> None:
+    like = LIKE | {"compute": {"gradientCheckpointing": True}, "privacy": LIKE["privacy"] | {"epsilon": "1000"}}
+    found = []
+    for store in ("one", "other"):
+        given = {"like": like, "store": (folder / store).as_uri(), "noiseMultiplicity": 2}
+        train_baseline.body(training(folder, "dp-sgd", "a", **given))
+        found.append(stored(training(folder, "dp-sgd", "a", **given), "a"))
+    assert figures(measuring(folder, "dp-sgd", "a", **given))["client"] == "a"
+    assert found[0] != found[1]
+
+
 # ---- The oracle -------------------------------------------------------------------------------------------------
 
 SPLIT, LOWEST = 0.5, 0.1

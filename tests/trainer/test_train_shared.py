@@ -10,7 +10,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,7 +24,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor, nn
 
@@ -49,6 +47,7 @@ from feddiff_trainer.stores import FolderStore, open_store
 from feddiff_trainer.telemetry import telling
 from feddiff_trainer.train_shared import network_config, owners_of, pool_of, releases_of
 from feddiff_trainer.training import BatchLoss, World
+from two_ranks import run_two_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -491,7 +490,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
         damage(folder / "damaged", layout.released_shard(UID, "b", "shard-00001.safetensors"))
         alone, _ = result(at(spec, folder / "alone"))
     (folder / "spec.json").write_text(json.dumps(spec.to_wire()))
-    return Ranks(folder, run_ranks(folder), alone)
+    return Ranks(folder, [log for _, log in run_two_ranks(__file__, folder)], alone)
 
 
 def at(spec: TrainSharedSpec, folder: Path) -> TrainSharedSpec:
@@ -502,24 +501,6 @@ def damage(folder: Path, key: str) -> None:
     data = bytearray((folder / key).read_bytes())
     data[-1] ^= 1
     (folder / key).write_bytes(data)
-
-
-def run_ranks(folder: Path) -> list[str]:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", __file__, str(folder)]
-    ranks = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    try:
-        return [rank.communicate(timeout=300)[1].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
 
 
 def test_the_store_sends_every_object_once_to_both_ranks_together(two_ranks: Ranks) -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from feddiff_trainer import training
 from feddiff_trainer.checkpoints import Checkpoints
 from feddiff_trainer.stores import FolderStore
 from feddiff_trainer.training import BatchLoss, Progress, World, distributed, train
+from two_ranks import run_two_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -420,25 +420,10 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """Two processes run all stories once, starting torch being what takes long; warnings are errors there too."""
+    """Two processes run all stories once, starting torch being what takes long."""
     folder = tmp_path_factory.mktemp("ranks")
-    # As torchrun does it: the parent keeps the store, so no port can be taken by somebody else in between.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", __file__, str(folder)]
-    ranks = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    try:
-        log = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return Ranks(folder, [rank.returncode for rank in ranks], log)
+    codes, logs = zip(*run_two_ranks(__file__, folder), strict=True)
+    return Ranks(folder, list(codes), list(logs))
 
 
 def test_two_ranks_equal_one(two_ranks: Ranks, uninterrupted: WEIGHTS) -> None:

@@ -13,27 +13,14 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 
-from feddiff_protocol.errors import (
-    ConfigurationInvalid,
-    DataInvalid,
-    FeddiffError,
-    InputMissing,
-    OutputFailed,
-    StorageFailed,
-    StoreUnavailable,
-)
+from feddiff_protocol.errors import ConfigurationInvalid, DataInvalid, FeddiffError
 
+from .stores import FAILURES
 from .training import World
 
 ALONE = World(0, 1, torch.device("cpu"))
-ERRORS: tuple[type[FeddiffError], ...] = (
-    ConfigurationInvalid,
-    DataInvalid,
-    InputMissing,
-    OutputFailed,
-    StorageFailed,
-    StoreUnavailable,
-)
+# What a fetch may end in: the store's own failures, and what is wrong with what it sent.
+ERRORS: tuple[type[FeddiffError], ...] = (ConfigurationInvalid, DataInvalid, *FAILURES)
 FETCHED = len(ERRORS)
 AT_ONCE = 4  # by one rank: a single connection waits for the store at the start of every object, and memory holds all
 

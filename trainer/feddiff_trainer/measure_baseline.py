@@ -74,7 +74,7 @@ def drawer_of(spec: MeasureBaselineSpec) -> Draw:
     diffusion = spec.like.diffusion.model_copy(update={"timeline": None})
     drawing = drawing_of(spec.like.privacy, diffusion, spec.like.sampling)
     match spec.baseline:
-        case Baseline.LOCAL:
+        case Baseline.LOCAL | Baseline.DP_SGD:
             return partial(draw_alone, drawing, read_network(spec, spec.client))
         case Baseline.CENTRAL | Baseline.FEDAVG:
             return partial(draw_alone, drawing, read_network(spec, ""))

@@ -30,13 +30,13 @@ SUMMARY_ROWS = 4096  # records at a time in a summary: memory stays far below N�
 
 
 def release_gaussian(
-    pixels_ND: Float64, *, clip_norm: float | None, non_negative: bool, alpha: float, s: float, normals: Normals
+    pixels_ND: Float64, *, clip_norm: float, non_negative: bool, alpha: float, s: float, normals: Normals
 ) -> Float64:
     """x̃_ND = α·clip(x) + s·z in [-1, 1] units, one fresh z per record. PFDM (arXiv 2504.00952), docs/method.md.
 
     pixels_ND in [0, 1]. non_negative: clip to norm C in [0, 1] units, then map to [-1, 1]: two images then differ by at
-    most 2√2·C. Otherwise map first and clip in [-1, 1] units: at most 2C. clip_norm None clips nothing: each value lies
-    in [-1, 1], so one pixel changes by at most 2. Raises DataInvalid for pixels that are not in [0, 1].
+    most 2√2·C. Otherwise map first and clip in [-1, 1] units: at most 2C. Raises DataInvalid for pixels that are not in
+    [0, 1].
     """
     check_pixels(pixels_ND)
     _check_scales(alpha=alpha, s=s)
@@ -52,7 +52,7 @@ def release_gaussian_on_grid(
     pixels: Pixels,
     order_N: Int64,
     *,
-    clip_norm: float | None,
+    clip_norm: float,
     non_negative: bool,
     alpha: float,
     s: float,
@@ -92,10 +92,8 @@ def shuffled_order(num_records: int, entropy: Callable[[int], bytes] = os.urando
     return np.argsort(keys_N, kind="stable")  # equal keys, the only bias, meet with a chance of N²/2⁶⁵
 
 
-def _clipped_image(pixels_ND: Float64, clip_norm: float | None, non_negative: bool) -> Float64:
+def _clipped_image(pixels_ND: Float64, clip_norm: float, non_negative: bool) -> Float64:
     """The images in [-1, 1] units, a fresh array, after the clip in the units where `non_negative` wants it."""
-    if clip_norm is None:
-        return _to_minus_one_to_one(pixels_ND)
     if non_negative:
         return _to_minus_one_to_one(clip_l2(pixels_ND, clip_norm))
     return clip_l2(_to_minus_one_to_one(pixels_ND), clip_norm)

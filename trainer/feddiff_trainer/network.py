@@ -293,8 +293,14 @@ def rms_norm(x_BCHW: Tensor) -> Tensor:
 
     Not GroupNorm: in torch 2.13 its CPU backward crashes the process on channels_last input without gradient.
     """
+    if torch._C._are_functorch_transforms_active():  # dp_sgd's, which take no function with a gradient of its own
+        return x_BCHW * inverse_rms(x_BCHW)
     y_BCHW: Tensor = _RmsNorm.apply(x_BCHW)  # type: ignore[no-untyped-call]
     return y_BCHW
+
+
+def inverse_rms(x_BCHW: Tensor) -> Tensor:
+    return torch.rsqrt(x_BCHW.square().mean(dim=1, keepdim=True) + 1e-5)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -303,7 +309,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x_BCHW: Tensor) -> Tensor:
-        inverse_B1HW = torch.rsqrt(x_BCHW.square().mean(dim=1, keepdim=True) + 1e-5)
+        inverse_B1HW = inverse_rms(x_BCHW)
         y_BCHW = x_BCHW * inverse_B1HW
         ctx.save_for_backward(y_BCHW, inverse_B1HW)
         return y_BCHW

@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from feddiff_protocol.errors import FINAL_EXIT_CODES, FeddiffError, UsageInvalid
+from feddiff_protocol.errors import FINAL_EXIT_CODES, FeddiffError, Interrupted, UsageInvalid
 
-INTERRUPTED = 75
 BY_SIGNAL = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 GRACE_SECONDS = 30.0  # for the other ranks to end once one has failed; the pod's own grace is longer
 
@@ -56,7 +55,7 @@ def own_codes(codes: Sequence[int], stopped: bool) -> list[int]:
     when the pod is (`stopped`), or after the first failure, and may not listen yet, or not any more."""
     own = []
     for code in codes:
-        own.append(INTERRUPTED if stopped and code in BY_SIGNAL else code)
+        own.append(Interrupted.exit_code if stopped and code in BY_SIGNAL else code)
         stopped = stopped or code != 0
     return own
 
@@ -69,7 +68,7 @@ def telling(codes: Sequence[int]) -> int:
     """
 
     def order(code: int) -> int:
-        return 0 if code in FINAL_EXIT_CODES else 3 if code == 0 else 2 if code == INTERRUPTED else 1
+        return 0 if code in FINAL_EXIT_CODES else 3 if code == 0 else 2 if code == Interrupted.exit_code else 1
 
     return min(codes, key=order)
 

@@ -24,7 +24,16 @@ from typing import Any, TypeVar
 import structlog
 
 from feddiff_protocol.api import parse
-from feddiff_protocol.errors import FeddiffError, InputMissing, Interrupted, SpecInvalid, UsageInvalid
+from feddiff_protocol.errors import (
+    OUR_BUG,
+    FeddiffError,
+    InputMissing,
+    Interrupted,
+    OutputFailed,
+    SpecInvalid,
+    StorageFailed,
+    UsageInvalid,
+)
 from feddiff_protocol.stages import Receipt, Stage, StageSpec
 
 from .stores import FULL, UNWRITABLE
@@ -35,8 +44,6 @@ S = TypeVar("S", bound=StageSpec)
 SPEC_BYTES = 16 << 20
 PROGRESS_SECONDS = 0.5
 TERMINATION_LOG = "/dev/termination-log"
-OUR_BUG = 1
-OUTPUT_FAILED, STORAGE_FAILED = 73, 74
 
 
 def run_stage(spec_type: type[S], body: Callable[[S], Mapping[str, str]]) -> int:
@@ -110,13 +117,13 @@ def _exit_code_of(error: OSError) -> int:
     where = error.filename or "output"
     if error.errno in UNWRITABLE:
         print(f"feddiff: {where}: cannot be written: {error.strerror}; give permission", file=sys.stderr)
-        return OUTPUT_FAILED
+        return OutputFailed.exit_code
     if error.errno in FULL:
         print(f"feddiff: {where}: cannot be written: {error.strerror}; make room, then try again", file=sys.stderr)
-        return STORAGE_FAILED
+        return StorageFailed.exit_code
     if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
         print(f"feddiff: {where}: input/output failed: {error.strerror}; try again", file=sys.stderr)
-        return STORAGE_FAILED
+        return StorageFailed.exit_code
     traceback.print_exc()
     return OUR_BUG
 

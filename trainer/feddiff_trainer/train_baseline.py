@@ -1,23 +1,27 @@
 """One network of a baseline, in an experiment: what a job is compared with, trained as long and at the same rate.
 
 `local` learns from its owner's clean records, `central` from everybody's; of `fedavg` every owner's weights do, and are
-averaged; of `oracle` everybody's records stand in for what a job would release. Nothing here promises anything.
+averaged; of `oracle` everybody's records stand in for what a job would release. None of them promises anything.
+`dp-sgd` alone does: its owner's clean records again, and a network that keeps the job's ε and δ.
 """
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import PersonalSpec, SharedSpec
+from feddiff_protocol.accountant import float_below
+from feddiff_protocol.api import ComputeSpec, PersonalSpec, SharedSpec
 from feddiff_protocol.baselines import Baseline, BaselineSpec, TrainBaselineSpec
 from feddiff_protocol.promise import promise_of, schedule_of
 
 from .batches import Source, filling_records, loss_of, mixed, records
 from .checkpoints import Checkpoints
 from .denoisers import denoiser_bytes
+from .dp_sgd import denoiser_gradients, dp_sgd
 from .fedavg import fedavg
 from .network import Denoiser, NetworkConfig
 from .records import read_source
@@ -43,11 +47,12 @@ def trained(spec: TrainBaselineSpec, checkpoints: Checkpoints) -> Denoiser:
         "batch": training.batch,
         "learning_rate": float(training.learning_rate),
         "ema_width": EMA_WIDTH,
-        "seed": spec.seed_or_zero,
         "checkpoints": checkpoints,
-        "bfloat16": in_bfloat16(spec.like.compute),
     }
     with distributed() as world:
+        if spec.baseline is Baseline.DP_SGD:
+            return private(spec, network, world.device, settings)
+        settings |= {"seed": spec.seed_or_zero, "bfloat16": in_bfloat16(spec.like.compute)}
         if spec.baseline is not Baseline.FEDAVG:
             loss = loss_of(source_of(spec, world.device), SIGMA_DATA)
             return train(
@@ -71,6 +76,29 @@ def trained(spec: TrainBaselineSpec, checkpoints: Checkpoints) -> Denoiser:
         )
 
 
+def private(spec: TrainBaselineSpec, network: Denoiser, device: torch.device, settings: Mapping[str, Any]) -> Denoiser:
+    """The network of one client by DP-SGD at the job's ε and δ."""
+    privacy, sigmas = spec.like.privacy, schedule_of(spec.like.diffusion).sigmas
+    images_NCHW, label_N = (each.to(device) for each in clean_images(spec, [spec.client]))
+    gradients = denoiser_gradients(
+        images_NCHW,
+        label_N,
+        sigmas=(sigmas[0], sigmas[-1]),
+        multiplicity=spec.noise_multiplicity,
+        sigma_data=SIGMA_DATA,
+    )
+    return dp_sgd(
+        network,
+        gradients,
+        num_records=len(label_N),
+        epsilon=float_below("epsilon", privacy.epsilon),
+        delta=float_below("delta", privacy.delta_or_zero),
+        device=device,
+        on_progress=lambda done, total: report_progress(done, total, "images"),
+        **settings,
+    )
+
+
 def training_of(spec: TrainBaselineSpec) -> SharedSpec | PersonalSpec:
     """Length, batch and rate: the oracle's network in common is a shared denoiser, every other one a personal one."""
     return spec.like.shared if spec.baseline is Baseline.ORACLE and not spec.client else spec.like.personal
@@ -78,7 +106,9 @@ def training_of(spec: TrainBaselineSpec) -> SharedSpec | PersonalSpec:
 
 def initial_network(spec: BaselineSpec) -> Denoiser:
     torch.manual_seed(spec.seed_or_zero)  # initial weights only
-    return new_denoiser(config_of(spec), spec.like.compute)
+    # torch.func, which takes a gradient for each record, knows no checkpoints of activations.
+    compute = ComputeSpec() if spec.baseline is Baseline.DP_SGD else spec.like.compute
+    return new_denoiser(config_of(spec), compute)
 
 
 def config_of(spec: BaselineSpec) -> NetworkConfig:

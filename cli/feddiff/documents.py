@@ -128,7 +128,7 @@ def resolved(document: PrivateDataset, folder: Path) -> LocalDataset:
     source = document.spec.source
     paths = {
         name: os.path.realpath(folder / value)
-        for name in ("path", "labels_path", "holdout_path", "holdout_labels_path")
+        for name in ("path", "labels_path", "holdout_path", "holdout_labels_path", "inception_path")
         if (value := getattr(source, name)) is not None
     }
     spec = document.spec.model_copy(update={"source": source.model_copy(update=paths)})

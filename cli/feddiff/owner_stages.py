@@ -207,6 +207,8 @@ def check_lines(answer: dict[str, Any]) -> list[str]:
     if released := answer.get("released"):
         shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in released["tensors"].items())
         lines.append(f"a release would hold {shapes} ({released['bytes']:,} bytes)")
+    if "inception" in answer:
+        lines.append(f"FID and KID would be measured by {answer['inception']}")
     return lines
 
 

@@ -99,7 +99,7 @@ def _dataset_name(dataset: PrivateDataset) -> str:
 
 def _source_below_data(dataset: PrivateDataset) -> SourceSpec:
     source = dataset.spec.source
-    fields = ("path", "labels_path", "holdout_path", "holdout_labels_path")
+    fields = ("path", "labels_path", "holdout_path", "holdout_labels_path", "inception_path")
     paths = {name: value for name in fields if (value := getattr(source, name)) is not None}
     for name, value in paths.items():
         if value.startswith("/") or ".." in value.split("/"):

@@ -191,6 +191,8 @@ class SourceSpec(Wire):
             "!has(self.holdoutPath) || has(self.holdoutLabelsPath) == has(self.labelsPath)",
             "holdoutLabelsPath goes with holdoutPath where labelsPath goes with path",
         ),
+        ("!has(self.inceptionPath) || has(self.holdoutPath)", "inceptionPath goes with holdoutPath"),
+        ("!has(self.inceptionSha256) || has(self.inceptionPath)", "inceptionSha256 goes with inceptionPath"),
     )
 
     format: SourceFormat = Field(
@@ -214,6 +216,14 @@ class SourceSpec(Wire):
     holdout_labels_path: Text | None = Field(
         None, description="the labels of the records at holdoutPath, where those at path have labelsPath"
     )
+    inception_path: Text | None = Field(
+        None,
+        description="the Inception network as TorchScript, for FID and KID against the records at holdoutPath; it is a"
+        " program, which the evaluation runs beside the records. Nothing is downloaded; without it neither is measured",
+    )
+    inception_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="SHA-256 of the file at inceptionPath; another file is not run. Not verified unless given"
+    )
     volume_claim: Name | None = Field(
         None,
         description="PersistentVolumeClaim in the dataset's namespace that holds the records, mounted read-only; a"
@@ -232,6 +242,14 @@ class SourceSpec(Wire):
         if self.holdout_path is not None and labels != holdout_labels:
             found = "a file of labels for path alone" if labels else "one for holdoutPath alone"
             raise ValueError(f"holdoutLabelsPath: expected labels for both or neither, found {found}; correct it")
+        return self
+
+    @model_validator(mode="after")
+    def _inception_has_what_it_needs(self) -> "SourceSpec":
+        if self.inception_path is not None and self.holdout_path is None:
+            raise ValueError("inceptionPath: FID compares with the records at holdoutPath, none were named; add them")
+        if self.inception_sha256 is not None and self.inception_path is None:
+            raise ValueError("inceptionSha256: belongs to inceptionPath, none was named; remove it")
         return self
 
 

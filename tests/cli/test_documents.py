@@ -9,8 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from feddiff.documents import load_documents, load_job, parse_yaml
-from feddiff_protocol.api import API_VERSION
+from feddiff.documents import load_documents, load_job, parse_yaml, resolved
+from feddiff_protocol.api import API_VERSION, SourceSpec
 from feddiff_protocol.errors import InputMissing, SpecInvalid
 
 
@@ -65,6 +65,18 @@ def test_paths_are_relative_to_the_file_that_holds_the_dataset(world: Any, monke
     dataset = world.job().datasets["a"]
     assert dataset.source.path == os.path.realpath(world.path / "a/train.npz")
     assert dataset.owner_folder == Path(os.path.realpath(world.path)) / "a/feddiff/clinic-a.scans"
+
+
+def test_every_path_of_a_source_is_relative_to_the_file(world: Any) -> None:
+    """Also one that a later version adds."""
+    document = world.job().datasets["a"].document
+    paths = {name: f"some/{name}" for name in SourceSpec.model_fields if name.endswith("path")}
+    source = SourceSpec.model_validate({"format": "folder", **paths})
+    spec = document.spec.model_copy(update={"source": source})
+    found = resolved(document.model_copy(update={"spec": spec}), world.path).source
+    assert {name: getattr(found, name) for name in paths} == {
+        name: os.path.realpath(world.path / path) for name, path in paths.items()
+    }
 
 
 def test_a_link_to_the_records_leads_to_the_same_ledger(world: Any) -> None:

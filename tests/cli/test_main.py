@@ -272,12 +272,18 @@ def test_check_is_private_and_says_so_first(feddiff: Any, world: Any, monkeypatc
         "normQuantiles": {"50 %": 3.5},
         "clips": [{"field": "clipNorm", "norm": "4.25", "touched": 7}],
         "released": {"tensors": {"mean_sums": [2, 64]}, "bytes": 512},
+        "inception": "inception.pt, SHA-256 01, as the dataset states",
     }
     monkeypatch.setattr(owner_stages, "run_module", lambda module, path: json.dumps(answer))
     code, out, _ = feddiff("check", world.job_file())
     assert code == 0
     assert out.splitlines()[0].startswith("PRIVATE")
-    for words in ("declared 30 records, found 29", "clipNorm 4.25 would scale 7 of 70", "mean_sums 2×64 (512 bytes)"):
+    for words in (
+        "declared 30 records, found 29",
+        "clipNorm 4.25 would scale 7 of 70",
+        "mean_sums 2×64 (512 bytes)",
+        "FID and KID would be measured by inception.pt, SHA-256 01, as the dataset states",
+    ):
         assert words in out
     assert json.loads(feddiff("check", world.job_file(), "--json")[1])["notice"].startswith("PRIVATE")
 

@@ -251,6 +251,8 @@ REFUSED = [
         {"format": "idx", "path": "a", "labelsPath": "b", "holdoutPath": "c"},
         "holdoutLabelsPath goes with holdoutPath where labelsPath goes with path",
     ),
+    (DATASET, "spec.source.inceptionPath", "a", "inceptionPath goes with holdoutPath"),
+    (DATASET, "spec.source.inceptionSha256", "0" * 64, "inceptionSha256 goes with inceptionPath"),
     (DATASET, "spec.classes.names", ["healthy"], "names needs one name for each class"),
     (DATASET, "spec.classes.records", [1, 0], "records needs at least 2 records in all"),
     (DATASET, "spec.source.path", "", "at least 1 chars"),

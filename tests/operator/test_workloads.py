@@ -18,7 +18,7 @@ from feddiff_operator.workloads import (
     places,
     stage_objects,
 )
-from feddiff_protocol.api import FederatedDiffusionJob
+from feddiff_protocol.api import FederatedDiffusionJob, SourceSpec
 from feddiff_protocol.errors import SpecInvalid
 from feddiff_protocol.stages import Stage, TrainSharedSpec
 from feddiff_protocol.telemetry import METRICS_PORT, METRICS_PORT_VARIABLE
@@ -101,6 +101,15 @@ def test_sources_are_resolved_below_the_volume_and_may_not_leave_it() -> None:
     for path in ("/etc/passwd", "../other/train.npz", "a/../../b"):
         with pytest.raises(SpecInvalid, match="relative to the volume"):
             places(job(), {"a": dataset("a", source={"format": "npz", "path": path})})
+
+
+def test_every_path_of_a_source_is_resolved_below_the_volume() -> None:
+    """Also one that a later version adds."""
+    paths = {name: f"some/{name}" for name in SourceSpec.model_fields if name.endswith("path")}
+    where = places(job(), {"a": dataset("a", source={"format": "folder", **paths})})
+    assert {name: getattr(where.sources["a"], name) for name in paths} == {
+        name: f"/data/{path}" for name, path in paths.items()
+    }
 
 
 def test_a_missing_store_is_named() -> None:

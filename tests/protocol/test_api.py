@@ -73,6 +73,9 @@ def test_valid_documents_keep_every_number() -> None:
             "holdoutLabelsPath: expected labels for both or neither, found a file of labels for path alone",
         ),
         (DATASET, "spec.source.format", "idx", "labelsPath: format idx keeps labels"),
+        (DATASET, "spec.source.inceptionPath", "a", "inceptionPath: FID compares with the records at holdoutPath"),
+        (DATASET, "spec.source.inceptionSha256", "0" * 64, "inceptionSha256: belongs to inceptionPath, none was named"),
+        (DATASET, "spec.source.inceptionSha256", "0" * 40, "inceptionSha256: string should match pattern"),
     ],
 )
 def test_a_fault_is_named_with_what_to_do(document: dict[str, Any], path: str, value: Any, words: str) -> None:

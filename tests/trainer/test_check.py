@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from feddiff_protocol.errors import InputMissing
 from feddiff_trainer import check as module
 from feddiff_trainer.check import CheckSpec, check
 
@@ -113,3 +114,22 @@ def test_the_process_prints_json_or_one_line_and_a_code(
     assert capsys.readouterr().err.startswith("feddiff: ")
     path.unlink()
     assert module.main() == 66
+
+
+def test_a_network_for_fid_is_tried_on_a_record_of_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[np.ndarray] = []
+
+    class Stub:
+        described = "inception.pt, SHA-256 01, as the dataset states"
+        features = asked.append
+
+    monkeypatch.setattr(module, "read_inception", lambda source, image: Stub)
+    answer = check(spec(tmp_path, images_of_norm(4, 2, 3), [0, 0, 1]))
+    assert answer["inception"] == Stub.described
+    assert [x_NCHW.tolist() for x_NCHW in asked] == [[[[[255] * 4] * 4]]]
+
+
+def test_a_network_for_fid_that_is_not_there_ends_the_check(tmp_path: Path) -> None:
+    source = {"format": "npz", "path": str(tmp_path / "train.npz"), "holdoutPath": "h.npz", "inceptionPath": "none.pt"}
+    with pytest.raises(InputMissing, match=r"none\.pt: cannot be read"):
+        check(spec(tmp_path, images_of_norm(1, 2, 3), [0, 0, 1], source=source))

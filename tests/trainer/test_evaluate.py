@@ -5,6 +5,8 @@ The data: four classes of 8×8 images, a bright column at a class's own place, t
 
 import hashlib
 import json
+import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from torch import Tensor, nn
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import parse
@@ -20,6 +23,7 @@ from feddiff_protocol.errors import DataInvalid, InputMissing
 from feddiff_protocol.stages import EvaluateSpec, ReleaseSpec
 from feddiff_trainer import evaluate, release
 from feddiff_trainer.evaluation import Evaluation
+from feddiff_trainer.metrics import frechet_distance
 from feddiff_trainer.pooling import OwnerSummary, packed, unmapped
 from feddiff_trainer.stores import open_store
 
@@ -150,6 +154,57 @@ def test_without_a_holdout_nothing_is_measured_and_the_page_says_what_to_add(tmp
     evaluation, page = written(prepared(tmp_path, source=source))
     assert evaluation.measured is None and evaluation.arms == {}
     assert "spec.source.holdoutPath" in page and page.count("<img") == 5 * 4
+
+
+# ---- FID and KID -------------------------------------------------------------------------------------------------
+
+
+class Rows(nn.Module):
+    """Stands in for Inception: the mean of each row."""
+
+    def forward(self, x_BCHW: Tensor, return_features: bool = False) -> Tensor:
+        return x_BCHW.float().mean((1, 3))
+
+
+def with_inception(folder: Path, **changes: Any) -> EvaluateSpec:
+    path = folder / "inception.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Rows()).save(str(path))
+    source = document(folder, "summary", "uid-00000001")["source"]
+    return prepared(folder, source=source | {"inceptionPath": str(path)} | changes)
+
+
+def test_with_a_network_fid_and_kid_are_measured_and_the_rest_is_as_without(
+    measured: tuple[Evaluation, str], tmp_path: Path
+) -> None:
+    evaluation, page = written(with_inception(tmp_path))
+    for arm, quality in evaluation.arms.items():
+        without = measured[0].arms[arm]
+        found = {key: quality.groups["pooled"][key] for key in ("fid", "kid")}
+        assert quality.groups == without.groups | {"pooled": {**without.groups["pooled"], **found}}
+        assert quality.missing == without.missing
+    both, noise = (evaluation.arms[arm].groups["pooled"] for arm in ("both", "shared"))
+    assert both["fid"] < noise["fid"] and both["kid"] < noise["kid"]
+    held_out_NCHW, own_NCHW = (dataset(counts, seed)[0] for counts, seed in (((25,) * 4, 1), (COUNTS, 0)))
+    features = [x_NCHW.mean((1, 3)) for x_NCHW in (own_NCHW, held_out_NCHW)]
+    assert evaluation.arms["real"].groups["pooled"]["fid"] == pytest.approx(frechet_distance(*features), rel=1e-4)
+    assert evaluation.measured is not None and evaluation.measured.inception is not None
+    assert f"FID and KID: {evaluation.measured.inception}" in page and "not verified" in page
+
+
+def test_without_a_network_nothing_is_called_fid(measured: tuple[Evaluation, str]) -> None:
+    evaluation, page = measured
+    assert all("fid" not in quality.groups["pooled"] for quality in evaluation.arms.values())
+    assert re.findall(r"\b[FK]ID\b", page.replace("published FID", "")) == []
+
+
+def test_a_network_that_cannot_be_had_costs_fid_and_kid_and_the_page_says_why(tmp_path: Path) -> None:
+    evaluation, page = written(with_inception(tmp_path, inceptionSha256="0" * 64))
+    pooled = evaluation.arms["both"].groups["pooled"]
+    assert pooled["fid"] is None and pooled["kid"] is None and pooled["frechet"] is not None
+    assert evaluation.measured is not None and evaluation.measured.inception is None
+    assert f"inception.pt: expected SHA-256 {'0' * 64}, found" in page
 
 
 # ---- Jobs beside each other --------------------------------------------------------------------------------------

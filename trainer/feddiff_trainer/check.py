@@ -18,6 +18,8 @@ from feddiff_protocol.api import ClassesSpec, ImageSpec, Mechanism, PrivacySpec,
 
 from .answering import answered
 from .frequencies import frequency_map
+from .inception import read_inception
+from .pictures import to_pixels
 from .records import Records, read_records
 from .shards import layouts
 
@@ -38,7 +40,8 @@ class CheckSpec(Wire):
 def check(spec: CheckSpec) -> dict[str, Any]:
     """Records per class against the declaration, pixel range, norms, and what a job's clip norms would touch.
 
-    Raises DataInvalid or InputMissing when the records cannot be read as described.
+    Raises DataInvalid or InputMissing when the records cannot be read as described, or an Inception network that the
+    dataset names cannot be had or gives no features.
     """
     records = _read(spec)
     found_K = np.bincount(records.labels_N, minlength=spec.classes.count)
@@ -58,6 +61,10 @@ def check(spec: CheckSpec) -> dict[str, Any]:
             "clips": _clips(records, norms_N, spec.privacy, spec.image),
             "released": _released(spec, spec.privacy),
         }
+    if (inception := read_inception(spec.source, spec.image)) is not None:
+        shape_CHW = (spec.image.channels, spec.image.height, spec.image.width)
+        inception.features(to_pixels(records[:1]).reshape(-1, *shape_CHW))
+        answer["inception"] = inception.described
     return answer
 
 

@@ -8,7 +8,7 @@ Shapes: N images, C channels, H height, W width, K classes, D = C·H·W.
 import base64
 import hashlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -18,15 +18,16 @@ import torch
 from pydantic import ValidationError
 
 from feddiff_protocol import layout
-from feddiff_protocol.api import ClassesSpec, ImageSpec
-from feddiff_protocol.errors import DataInvalid
+from feddiff_protocol.api import ClassesSpec, ImageSpec, SourceSpec
+from feddiff_protocol.errors import DataInvalid, FeddiffError
 from feddiff_protocol.promise import Promise, promise_of
 from feddiff_protocol.stages import EvaluateSpec
 
 from .classifier import train_classifier
-from .evaluation import ARMS, MEASURES, REAL, ArmQuality, Evaluation, Measured, PictureRow, Values
+from .evaluation import ARMS, MEASURES, REAL, WITH_INCEPTION, ArmQuality, Evaluation, Measured, PictureRow, Values
 from .findings import Audit, Export
-from .metrics import ImageSet, Measures, Quality, measure_quality, minority_classes
+from .inception import Inception, inception_distances, read_inception
+from .metrics import Found, ImageSet, Measures, Quality, measure_quality, minority_classes
 from .owner_page import Gallery, OwnerReport, owner_page
 from .pictures import LabelledImages, Pixels, grid, read_samples, to_pixels
 from .pooling import CENTRED_FROM, OwnerSummary, mapped, project_keeping_trace, unmapped, unpacked
@@ -107,7 +108,8 @@ def read_exports(owner_store: Store, spec: EvaluateSpec) -> list[Export]:
 def evaluate(spec: EvaluateSpec, promise: Promise, records: Records, samples: LabelledImages) -> Evaluation:
     """The figures of every arm, or none where the dataset names no hold-out."""
     holdout = read_holdout(spec.source, spec.image, spec.classes)
-    measured, arms = (None, {}) if holdout is None else measure(spec, records, samples, holdout)
+    inception = inception_of(spec.source, spec.image)
+    measured, arms = (None, {}) if holdout is None else measure(spec, records, samples, holdout, inception)
     both = [samples.images["both"][samples.labels_N == label][:1] for label in range(spec.classes.count)]
     row = grid(np.concatenate(both), spec.classes.count)
     return Evaluation(
@@ -175,11 +177,27 @@ def minority_of(spec: Measuring) -> list[int]:
     return sorted(minority_classes(spec.classes.records))
 
 
+def inception_of(source: SourceSpec, image: ImageSpec) -> Inception | str | None:
+    """The network for FID and KID, or why it cannot be had; None where the dataset names none.
+
+    No error: a file that only measures must not end a job whose budget is spent. `feddiff check` ends with it.
+    """
+    try:
+        return read_inception(source, image)
+    except FeddiffError as error:
+        return str(error)
+
+
 def measure(
-    spec: Measuring, records: Records, samples: LabelledImages, holdout: Records, real: bool = True
+    spec: Measuring,
+    records: Records,
+    samples: LabelledImages,
+    holdout: Records,
+    inception: Inception | str | None,
+    real: bool = True,
 ) -> tuple[Measured, dict[str, ArmQuality]]:
     """Every arm, and if `real` the owner's own records, against the held-out ones: by one classifier, trained on
-    those.
+    those, and by `inception` where there is one; a string says why there is none.
 
     One classifier for all keeps arms comparable. It knows the held-out images, which makes all distances to them a
     little larger than they are for images that it never saw, for every arm alike.
@@ -188,8 +206,10 @@ def measure(
     classifier = train_classifier(held_out.images_NCHW, held_out.labels_N, spec.classes.count, spec.seed_or_zero)
     minority = frozenset(minority_of(spec))
     sets = {arm: ImageSet(to_model_units(images), samples.labels_N) for arm, images in samples.images.items()}
+    pixels = dict(samples.images)
     if real:
-        sets[REAL] = own
+        sets[REAL], pixels[REAL] = own, pixels_of(records, spec)
+    distances = _inception_distances(inception, pixels, pixels_of(holdout, spec), spec.seed_or_zero)
     arms, quality = {}, None
     for arm, images in sets.items():
         quality = measure_quality(
@@ -204,7 +224,8 @@ def measure(
             minority=minority,
             seed=spec.seed_or_zero,
         )
-        arms[arm] = arm_quality(quality, spec.classes, left_out=COPIES if arm == REAL else ())
+        left_out = COPIES if arm == REAL else ()
+        arms[arm] = with_distances(arm_quality(quality, spec.classes, left_out), distances.get(arm, {}))
         report_progress(len(arms), len(sets), "arms")
     assert quality is not None
     measured = Measured(
@@ -214,8 +235,32 @@ def measure(
         nearest_neighbours=quality.nearest_neighbours,
         seed=spec.seed_or_zero,
         extractor=f"{quality.feature_space}, trained on the held-out records",
+        inception=inception.described if isinstance(inception, Inception) else None,
     )
     return measured, arms
+
+
+def _inception_distances(
+    inception: Inception | str | None, pixels: Mapping[str, Pixels], held_out_NCHW: Pixels, seed: int
+) -> dict[str, Found]:
+    """FID and KID of every arm, or why there is none; nothing where no network was named."""
+    if inception is None:
+        return {}
+    if not isinstance(inception, str):
+        try:
+            held_out_NF = inception.features(held_out_NCHW)
+            return {
+                arm: inception_distances(inception.features(x_NCHW), held_out_NF, seed)
+                for arm, x_NCHW in pixels.items()
+            }
+        except DataInvalid as error:
+            inception = str(error)
+    return {arm: dict.fromkeys(WITH_INCEPTION, inception) for arm in pixels}
+
+
+def pixels_of(records: Records, spec: Measuring) -> Pixels:
+    """Records as uint8 images N×C×H×W, as samples are."""
+    return to_pixels(records[:]).reshape(-1, spec.image.channels, spec.image.height, spec.image.width)
 
 
 def image_set(records: Records, spec: Measuring) -> ImageSet:
@@ -236,6 +281,14 @@ def arm_quality(quality: Quality, classes: ClassesSpec, left_out: Collection[str
     shown = {name: _values_of(measures, left_out) for name, measures in groups.items()}
     per_class = tuple(_values_of(one, left_out) for one in quality.classes)
     return ArmQuality(groups=shown, per_class=per_class, missing=_missing(quality, classes, left_out))
+
+
+def with_distances(arm: ArmQuality, distances: Found) -> ArmQuality:
+    """The figures with FID and KID, if they were measured, among those of all images together."""
+    values = {key: None if isinstance(found, str) else found for key, found in distances.items()}
+    reasons = [f"{MEASURES_BY_KEY[key].title}: {found}" for key, found in distances.items() if isinstance(found, str)]
+    groups = {**arm.groups, "pooled": {**arm.groups["pooled"], **values}}
+    return arm.model_copy(update={"groups": groups, "missing": (*reasons, *arm.missing)})
 
 
 def _missing(quality: Quality, classes: ClassesSpec, left_out: Collection[str]) -> tuple[str, ...]:

@@ -79,6 +79,24 @@ MEASURES = (
         is_relative=True,
     ),
     Measure(
+        "fid",
+        "FID",
+        LOWER,
+        "The Fréchet distance in the features of the Inception network that the dataset names; all images together.",
+        lambda value: value,
+        0.05,
+        is_relative=True,
+    ),
+    Measure(
+        "kid",
+        "KID",
+        LOWER,
+        "The kernel distance in the features of that network, unbiased with few images, so it may come out below 0.",
+        lambda value: value,
+        0.05,
+        is_relative=True,
+    ),
+    Measure(
         "coverage",
         "Coverage",
         HIGHER,
@@ -127,6 +145,8 @@ MEASURES = (
     ),
 )
 
+WITH_INCEPTION = ("fid", "kid")  # of all images together, where the dataset names an Inception network
+
 Values = Mapping[str, float | None]  # by measure; None where it cannot be measured
 
 
@@ -148,6 +168,7 @@ class Measured(Wire):
     seed: int
     extractor: str
     resize: Literal["none"] = "none"
+    inception: str | None = None  # the file behind FID and KID, by name and hash
 
 
 class PictureRow(Wire):

@@ -17,7 +17,7 @@ from .clipped_gaussian import ClippedGaussian
 from .denoisers import denoiser_from_bytes
 from .denoising import ClassGaussian, Denoise
 from .drawing import CHUNK, Drawing, draw_alone, draw_both, draw_from_split, drawing_of, labels_of, to_pixels
-from .evaluate import measure
+from .evaluate import inception_of, measure
 from .evaluation import ArmQuality, Measured
 from .pictures import LabelledImages
 from .records import read_holdout, read_source
@@ -48,7 +48,8 @@ def body(spec: MeasureBaselineSpec) -> dict[str, str]:
         raise InputMissing(f"client {spec.client}: expected source.holdoutPath, found none; add held-out records")
     images, label_N = samples_of(spec)
     samples = LabelledImages({spec.baseline.value: images.numpy()}, label_N.numpy())
-    measured, arms = measure(spec, own, samples, held_out, real=False)
+    inception = inception_of(owner.source, spec.image)
+    measured, arms = measure(spec, own, samples, held_out, inception, real=False)
     found = MeasuredBaseline(job=spec.job, client=spec.client, measured=measured, quality=arms[spec.baseline.value])
     key = layout.measured_baseline(spec.job.uid, spec.client)
     open_store(spec.store).put(key, found.model_dump_json(by_alias=True).encode())

@@ -2,7 +2,8 @@
 
 `measure_quality` is the whole of it; below stand the measures it is made of, each a function of plain arrays.
 Fréchet and kernel distance live in the features of a small classifier (classifier.py): call them "Fréchet distance,
-classifier features", never "FID". Coverage, density, the two-sample test and copies live in pixels.
+classifier features", never "FID", which is inception.py's. Coverage, density, the two-sample test and copies live in
+pixels.
 
 Every result here depends on private held-out and training images: it stays with the owner of those images.
 
@@ -216,8 +217,13 @@ def thinned(images: ImageSet, size: int, seed: int) -> ImageSet:
     """At most so many of the images, drawn by chance; all of them where there are no more."""
     if len(images) <= size:
         return images
-    rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:size])
+    rows = chosen_rows(len(images), size, seed)
     return ImageSet(images.images_NCHW[rows], images.labels_N[rows])
+
+
+def chosen_rows(num_rows: int, size: int, seed: int) -> npt.NDArray[np.int64]:
+    """At most `size` rows, ascending, by chance."""
+    return np.sort(np.random.default_rng(seed).permutation(num_rows)[:size])
 
 
 def _class_quality(

@@ -20,6 +20,7 @@ from .evaluation import (
     GROUPS,
     MEASURES,
     REAL,
+    WITH_INCEPTION,
     ArmQuality,
     Change,
     Evaluation,
@@ -300,13 +301,14 @@ def _with_real(report: OwnerReport) -> list[tuple[str, ArmQuality]]:
 
 
 def _figures(report: OwnerReport) -> Html:
-    columns = ["", *(measure.heading for measure in MEASURES)]
+    measures = _measures(report.evaluation.arms)
+    columns = ["", *(measure.heading for measure in measures)]
     groups = [
         rows([_arm_row(report, arm, group) for arm, _ in _with_real(report)], GROUP_TITLES[group], len(columns))
         for group in GROUPS
         if group in ("pooled", "all") or report.minority
     ]
-    without_a_card = [measure for measure in MEASURES if measure not in _card_measures(report.evaluation.arms)]
+    without_a_card = [measure for measure in measures if measure not in _card_measures(report.evaluation.arms)]
     return section(
         "All figures",
         paragraph(
@@ -328,10 +330,17 @@ def _missing(report: OwnerReport) -> list[Html]:
     return [paragraph(f"Where there is a dash: {'; '.join(shown)}. Recall and copies go by class.", cls="note")]
 
 
+def _measures(arms: Mapping[str, ArmQuality]) -> list[Measure]:
+    """All of them, without those of a network that the dataset does not name."""
+    there = {key for arm in arms.values() for values in arm.groups.values() for key in values}
+    return [measure for measure in MEASURES if measure.key in there or measure.key not in WITH_INCEPTION]
+
+
 def _arm_row(report: OwnerReport, arm: str, group: str) -> list[str]:
     arms = report.evaluation.arms
     values, baseline = arms[arm].groups[group], arms[BASELINE].groups[group]
-    return [_key(arm), *(_figure(measure, values, baseline if arm in ARMS else {}) for measure in MEASURES)]
+    figures = (_figure(measure, values, baseline if arm in ARMS else {}) for measure in _measures(arms))
+    return [_key(arm), *figures]
 
 
 def _key(arm: str) -> Html:
@@ -426,6 +435,7 @@ def _how(report: OwnerReport) -> Html:
             f"Compared: {measured.num_samples:,} samples of each arm, {measured.num_train:,} training records, "
             f"{measured.num_holdout:,} held-out records.",
             f"Features: {measured.extractor}, seed {measured.seed}. Resize: {measured.resize}.",
+            *([f"FID and KID: {measured.inception}; it resizes images itself."] if measured.inception else []),
             f"Coverage and density: {measured.nearest_neighbours} nearest neighbours. Theirs, those of copies "
             "and of what is told apart are Euclidean distances of pixels.",
             f"Minority classes, by the declared numbers of records: {_minority_names(report)}.",

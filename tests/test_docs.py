@@ -9,6 +9,8 @@ import inspect
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 import feddiff
 from feddiff import cluster_budgets, cluster_jobs, cluster_scene, cluster_why, store_checks
@@ -49,7 +52,10 @@ DOCS = ROOT / "docs"
 CLI = (DOCS / "cli.md").read_text()
 EXIT_CODES = (DOCS / "exit-codes.md").read_text()
 EXPERIMENTS = sorted((ROOT / "examples" / "experiments").glob("*.yaml"))  # no documents
-EXAMPLE_FOLDERS = sorted({path.parent for path in (ROOT / "examples").rglob("*.yaml") if path not in EXPERIMENTS})
+IMAGES = ROOT / "examples" / "images"  # a job alone: `feddiff split` writes its datasets
+EXAMPLE_FOLDERS = sorted(
+    {path.parent for path in (ROOT / "examples").rglob("*.yaml") if path not in EXPERIMENTS} - {IMAGES}
+)
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 
 
@@ -603,6 +609,22 @@ def planned_jobs(files: list[Path]) -> list[str]:
 def test_every_job_of_the_examples_gives_a_plan(folder: Path, tmp_path: Path) -> None:
     files = [Path(shutil.copy(file, tmp_path)) for file in sorted(folder.glob("*.yaml"))]
     assert planned_jobs(files)
+
+
+def test_the_job_of_the_images_takes_what_its_script_draws_and_splits(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    subprocess.run([sys.executable, IMAGES / "make_shapes.py", tmp_path / "shapes", "30"], check=True)
+    (options,) = re.findall(r'feddiff split "\$work/shapes" (.*) \\\n  --out', (IMAGES / "shapes.sh").read_text())
+    split = CliRunner().invoke(
+        command.app, ["split", str(tmp_path / "shapes"), *options.split(), "--out", str(tmp_path / "split")]
+    )
+    assert split.exit_code == 0, split.output
+    owners = tmp_path / "split" / "owners.yaml"
+    assert planned_jobs([owners, IMAGES / "job.yaml"]) == ["shapes"]
+    written, ours = (
+        load_job([owners, file]).document.spec for file in (owners.with_name("job.yaml"), IMAGES / "job.yaml")
+    )
+    assert ours.privacy == written.privacy and ours.clients == written.clients
 
 
 def prepared(experiment: Path, folder: Path) -> Path:

@@ -221,7 +221,7 @@ class SourceSpec(Wire):
         description="the Inception network as TorchScript, for FID and KID against the records at holdoutPath; it is a"
         " program, which the evaluation runs beside the records. Nothing is downloaded; without it neither is measured",
     )
-    inception_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+    inception_sha256: Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]{64}$")] | None = Field(
         None, description="SHA-256 of the file at inceptionPath; another file is not run. Not verified unless given"
     )
     volume_claim: Name | None = Field(

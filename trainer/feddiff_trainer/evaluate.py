@@ -206,10 +206,12 @@ def measure(
     classifier = train_classifier(held_out.images_NCHW, held_out.labels_N, spec.classes.count, spec.seed_or_zero)
     minority = frozenset(minority_of(spec))
     sets = {arm: ImageSet(to_model_units(images), samples.labels_N) for arm, images in samples.images.items()}
-    pixels = dict(samples.images)
     if real:
-        sets[REAL], pixels[REAL] = own, pixels_of(records, spec)
-    distances = _inception_distances(inception, pixels, pixels_of(holdout, spec), spec.seed_or_zero)
+        sets[REAL] = own
+    distances: Mapping[str, Found] = {}
+    if inception is not None:
+        pixels = {**samples.images, REAL: pixels_of(records, spec)} if real else samples.images
+        distances = _inception_distances(inception, pixels, pixels_of(holdout, spec), spec.seed_or_zero)
     arms, quality = {}, None
     for arm, images in sets.items():
         quality = measure_quality(
@@ -241,11 +243,9 @@ def measure(
 
 
 def _inception_distances(
-    inception: Inception | str | None, pixels: Mapping[str, Pixels], held_out_NCHW: Pixels, seed: int
+    inception: Inception | str, pixels: Mapping[str, Pixels], held_out_NCHW: Pixels, seed: int
 ) -> dict[str, Found]:
-    """FID and KID of every arm, or why there is none; nothing where no network was named."""
-    if inception is None:
-        return {}
+    """FID and KID of every arm, or why there is none."""
     if not isinstance(inception, str):
         try:
             held_out_NF = inception.features(held_out_NCHW)

@@ -233,7 +233,7 @@ def audit_rows(answer: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-ABOVE = "above its bound"  # feddiff_trainer.verdicts.Verdict.ABOVE, as the answer says it
+ABOVE = "above its bound"  # feddiff_trainer.findings.Verdict.ABOVE, as the answer says it
 AUDIT_COLUMNS = ("target", "attack", "records", "AUC", "bound", "found at 1 %", "bound", "control", "verdict")
 
 

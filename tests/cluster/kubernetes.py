@@ -310,7 +310,11 @@ class Node(ControlPlane):
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
-        shutil.rmtree(self.directory / "containerd", ignore_errors=True)  # 10 GB with our images; the logs stay
+        self.forget_images()
+
+    def forget_images(self) -> None:
+        """10 GB with ours; a stopped node's logs stay."""
+        shutil.rmtree(self.directory / "containerd", ignore_errors=True)
 
     @property
     def address(self) -> str:
@@ -319,7 +323,11 @@ class Node(ControlPlane):
     def load(self, *archives: Path) -> None:
         """Imports docker or OCI archives; pods use them with imagePullPolicy Never or IfNotPresent."""
         for archive in archives:
-            subprocess.run([*CTR, "-n", "k8s.io", "images", "import", str(archive)], check=True, capture_output=True)
+            command = [*CTR, "-n", "k8s.io", "images", "import", str(archive)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                free = shutil.disk_usage(self.directory).free >> 30
+                raise CommandFailed(f"{' '.join(command)}: {done.stderr.strip()} ({free} GiB are free)")
 
     def up(self, outlive: bool = False) -> None:
         if os.geteuid():

@@ -118,6 +118,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             yield story
         finally:
             story.node.down()
+            story.node.forget_images()
             watchman.kill()
             watchman.communicate()
 

@@ -39,7 +39,7 @@ from feddiff_trainer.classifier import train_classifier
 from feddiff_trainer.denoising import ClassGaussian, Denoise
 from feddiff_trainer.metrics import frechet_distance, frechet_distance_of_gaussians
 from feddiff_trainer.network import Denoiser, NetworkConfig
-from feddiff_trainer.sampler import ddpm_ancestral, heun, sampling_sigmas
+from feddiff_trainer.sampler import ddpm_ancestral, dpm_solver, heun, sampling_sigmas
 from feddiff_trainer.training import World, train
 
 CLASSES = 10
@@ -63,6 +63,11 @@ def our_heun(denoise: Denoise, noise_BCHW: Tensor, label_B: Tensor, calls: int) 
 def our_ddpm(denoise: Denoise, noise_BCHW: Tensor, label_B: Tensor, calls: int) -> Tensor:
     levels, generator = levels_for(calls), torch.Generator().manual_seed(1)
     return ddpm_ancestral(denoise, levels[0].float() * noise_BCHW, levels, label_B, generator)
+
+
+def our_dpm(denoise: Denoise, noise_BCHW: Tensor, label_B: Tensor, calls: int) -> Tensor:
+    levels = levels_for(calls)
+    return dpm_solver(denoise, levels[0].float() * noise_BCHW, levels, label_B)
 
 
 def levels_for(num_levels: int) -> Tensor:
@@ -89,7 +94,7 @@ def ddim(denoise: Denoise, noise_BCHW: Tensor, label_B: Tensor, calls: int) -> T
 
 
 @torch.no_grad()
-def dpm_solver(denoise: Denoise, noise_BCHW: Tensor, label_B: Tensor, calls: int) -> Tensor:
+def their_dpm(denoise: Denoise, noise_BCHW: Tensor, label_B: Tensor, calls: int) -> Tensor:
     scheduler = DPMSolverMultistepScheduler(
         beta_start=1e-4, beta_end=0.02, prediction_type="sample", use_karras_sigmas=True
     )
@@ -115,8 +120,9 @@ def calls_alone(denoise: Denoise, noise_BCHW: Tensor, label_B: Tensor, calls: in
 SAMPLERS: dict[str, Sampler] = {
     "feddiff, Heun": our_heun,
     "feddiff, DDPM": our_ddpm,
+    "feddiff, DPM-Solver++": our_dpm,
     "diffusers, DDIM": ddim,
-    "diffusers, DPM-Solver++": dpm_solver,
+    "diffusers, DPM-Solver++": their_dpm,
 }
 
 

@@ -805,10 +805,11 @@ class SamplingSpec(Wire):
         100, description="how many every owner draws of each class, for its report"
     )
     steps: Annotated[int, Field(ge=2, le=10_000), WHOLE] = Field(20, description="steps from pure noise to an image")
-    sampler: Literal["heun", "ddpm"] = Field(
+    sampler: Literal["heun", "ddpm", "dpm"] = Field(
         "heun",
-        description="heun: deterministic, second order; ddpm: ancestral, draws anew at each step; on the digits, with"
-        " summary, 50 steps of it beat 20 of heun and 200 of its own (docs/results.md)",
+        description="heun: deterministic, second order, two calls of the network a step; dpm: DPM-Solver++(2M), the"
+        " same with one call; ddpm: ancestral, draws anew at each step; on the digits, with summary, 50 steps of it"
+        " beat 20 of heun and 200 of its own (docs/results.md)",
     )
 
 

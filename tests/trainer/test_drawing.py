@@ -44,7 +44,11 @@ JOBS = {
     "continued": ({"mechanism": "gaussian", "clipNorm": "0.4"}, {"timeline": "continued"}),
     "restarted": ({"mechanism": "gaussian", "clipNorm": "0.4"}, {"timeline": "restarted"}),
 }
-SAMPLERS = {"heun": 40, "ddpm": 150}  # with the number of steps that keeps their own error below the tolerance
+SAMPLERS = {
+    "heun": 40,
+    "ddpm": 150,
+    "dpm": 60,
+}  # with the number of steps that keeps their own error below the tolerance
 Moments = tuple[Tensor, Tensor]
 
 

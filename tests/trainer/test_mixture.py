@@ -32,7 +32,7 @@ COUNT, EXACT = 10_000, 100_000
 # Of the features' means, in standard deviations: five standard errors of COUNT against EXACT draws are 0.052, the
 # samplers' own error is below 0.02.
 TOLERANCE = 0.07
-SAMPLERS = {"heun": 40, "ddpm": 150}
+SAMPLERS = {"heun": 40, "ddpm": 150, "dpm": 60}
 CLIP = 0.3  # about half the length of the components' means
 
 
@@ -127,7 +127,7 @@ def drawn(
 ) -> Tensor:
     """Images by the code that draws a job's, x_BD."""
     split = SCHEDULE.sigma(step), SCHEDULE.alpha(step)
-    how = Drawing(*split, restarts, SCHEDULE.sigmas, SAMPLERS[sampler], ancestral=sampler == "ddpm")
+    how = Drawing(*split, restarts, SCHEDULE.sigmas, SAMPLERS[sampler], sampler)
     generator = torch.Generator().manual_seed(1)
     noise_BCHW = torch.randn(COUNT, *SHAPE, generator=generator, dtype=torch.float64)
     return draw_both(how, shared, personal, noise_BCHW, torch.zeros(COUNT, dtype=torch.long), generator).flatten(1)

@@ -178,7 +178,7 @@ def test_images_lie_in_the_owners_store_alone(tmp_path: Path) -> None:
     assert all(files(tmp_path)[name] == data for name, data in before.items())
 
 
-@pytest.mark.parametrize("sampler", ["heun", "ddpm"])
+@pytest.mark.parametrize("sampler", ["heun", "ddpm", "dpm"])
 def test_another_attempt_gives_the_same_bytes(tmp_path: Path, sampler: str) -> None:
     first = prepared(tmp_path, sampling={"imagesPerClass": 5, "steps": 10, "sampler": sampler})
     key, results = layout.samples(UID, CLIENT), []

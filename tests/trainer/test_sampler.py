@@ -1,16 +1,18 @@
-"""Both samplers and both timelines on a Gaussian whose denoiser is known, and where the hand-over happens."""
+"""The samplers and both timelines on a Gaussian whose denoiser is known, and where the hand-over happens."""
 
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from feddiff_protocol.schedule import Schedule
 from feddiff_trainer.denoising import ClassGaussian, Denoise
 from feddiff_trainer.sampler import (
     ddpm_ancestral,
+    dpm_solver,
     hand_over,
     heun,
     karras_sigmas,
@@ -83,7 +85,47 @@ def test_a_denoiser_of_other_data_is_noticed() -> None:
     assert deviation(sample(ancestral(), gaussian(scale=-1.0), sigmas_N)) > TOLERANCE
 
 
-@pytest.mark.parametrize("sampler, num_steps", [(heun, 40), (ancestral(), 250)])
+def test_dpm_reproduces_mean_and_covariance_in_as_many_calls_as_heun() -> None:
+    assert deviation(sample(dpm_solver, gaussian(), sampling_sigmas(SCHEDULE.sigmas, 80))) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers beside numpy 2
+def test_dpm_takes_the_steps_of_diffusers_own() -> None:
+    """Its x is α·y, α = 1/√(1 + σ²)."""
+    theirs = DPMSolverMultistepScheduler(
+        beta_start=1e-4, beta_end=0.02, prediction_type="sample", use_karras_sigmas=True
+    )
+    theirs.set_timesteps(10)
+    sigmas_N, label_B = theirs.sigmas, torch.zeros(50, dtype=torch.long)
+    y_BCHW = float(sigmas_N[0]) * torch.randn(50, *SHAPE, generator=torch.Generator().manual_seed(3))
+    x_BCHW = y_BCHW / (1 + sigmas_N[0] ** 2).sqrt()
+    for sigma, step in zip(sigmas_N, theirs.timesteps, strict=False):  # the last level, 0, has no step
+        x0_BCHW = gaussian()(x_BCHW * (1 + sigma**2).sqrt(), sigma.expand(50), label_B).float()
+        x_BCHW = theirs.step(x0_BCHW, step, x_BCHW).prev_sample
+    torch.testing.assert_close(dpm_solver(gaussian(), y_BCHW, sigmas_N, label_B).float(), x_BCHW, atol=1e-4, rtol=0)
+
+
+def test_dpm_draws_no_slope_from_one_denoiser_to_the_other() -> None:
+    """Denoisers that know one image each, and no more: what is left of the noise has to lie around the second's."""
+
+    def shared(y_BCHW: Tensor, *_: Tensor) -> Tensor:
+        return torch.full_like(y_BCHW, -1.0)
+
+    def personal(y_BCHW: Tensor, *_: Tensor) -> Tensor:
+        return torch.full_like(y_BCHW, 1.0)
+
+    sigmas_N = sampling_sigmas(SCHEDULE.sigmas, 40, split_sigma=SPLIT)[:-1]
+    last, denoise = float(sigmas_N[-1]), hand_over(shared, personal, SPLIT)
+    exact = -1 * last / SPLIT + (1 - last / SPLIT)  # y = x0 + (σ/σ_before)·(y_before - x0), from y_before = x0 = -1
+    for split_sigma, right in ((SPLIT, True), (None, False)):
+        y_BCHW, label_B = torch.full((1, *SHAPE), -1.0).double(), torch.zeros(1, dtype=torch.long)
+        found_BCHW = dpm_solver(denoise, y_BCHW, sigmas_N, label_B, split_sigma)
+        assert torch.allclose(found_BCHW, torch.tensor(exact).double(), atol=1e-9) == right
+
+
+@pytest.mark.parametrize(
+    "sampler, num_steps", [(heun, 40), (ancestral(), 250), (partial(dpm_solver, split_sigma=SPLIT), 80)]
+)
 def test_continued_timeline_hands_over_without_a_seam(sampler: Callable[..., Tensor], num_steps: int) -> None:
     """The split moves nothing where both denoisers know the data."""
     sigmas_N = sampling_sigmas(SCHEDULE.sigmas, num_steps, split_sigma=SPLIT)

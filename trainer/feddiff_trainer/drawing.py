@@ -16,7 +16,7 @@ from feddiff_protocol.api import DiffusionSpec, PrivacySpec, SamplingSpec, Timel
 from feddiff_protocol.promise import promise_of, schedule_of
 
 from .denoising import Denoise
-from .sampler import Sampler, ddpm_ancestral, hand_over, heun, levels_from, restarted, sampling_sigmas
+from .sampler import Sampler, ddpm_ancestral, dpm_solver, hand_over, heun, levels_from, restarted, sampling_sigmas
 
 CHUNK = 1024  # images carried through a sampler at once
 
@@ -30,15 +30,19 @@ class Drawing:
     restarts: bool  # the shared denoiser makes noised images by a schedule of its own (the paper's timeline)
     schedule_sigmas: tuple[float, ...]
     steps: int  # from pure noise to an image
-    ancestral: bool  # by draws (DDPM) instead of along the ODE (Heun)
+    sampler: str  # heun, ddpm or dpm
 
     def levels(self, split: bool) -> Tensor:
         return sampling_sigmas(self.schedule_sigmas, self.steps, split_sigma=self.split_sigma if split else None)
 
-    def sampler(self, generator: torch.Generator) -> Sampler:
-        if not self.ancestral:
-            return heun
-        return lambda denoise, y, sigmas, label: ddpm_ancestral(denoise, y, sigmas, label, generator)
+    def solver(self, generator: torch.Generator, hand_over_at: float | None = None) -> Sampler:
+        match self.sampler:
+            case "ddpm":
+                return lambda denoise, y, sigmas, label: ddpm_ancestral(denoise, y, sigmas, label, generator)
+            case "dpm":
+                return lambda denoise, y, sigmas, label: dpm_solver(denoise, y, sigmas, label, hand_over_at)
+            case _:
+                return heun
 
 
 def drawing_of(privacy: PrivacySpec, diffusion: DiffusionSpec, sampling: SamplingSpec) -> Drawing:
@@ -49,7 +53,7 @@ def drawing_of(privacy: PrivacySpec, diffusion: DiffusionSpec, sampling: Samplin
         restarts=diffusion.timeline is Timeline.RESTARTED,
         schedule_sigmas=schedule.sigmas,
         steps=sampling.steps,
-        ancestral=sampling.sampler == "ddpm",
+        sampler=sampling.sampler,
     )
 
 
@@ -57,25 +61,25 @@ def draw_both(
     drawing: Drawing, shared: Denoise, personal: Denoise, y_NCHW: Tensor, label_N: Tensor, generator: torch.Generator
 ) -> Tensor:
     """x0_NCHW by the shared denoiser from noise to the split and the personal one from there; y is unit noise."""
-    sampler, levels = drawing.sampler(generator), drawing.levels(split=True)
+    split, levels = drawing.split_sigma, drawing.levels(split=True)
     if drawing.restarts:
-        below = levels_from(levels, drawing.split_sigma)
-        own = drawing.levels(split=False)
-        return restarted(sampler, shared, personal, own[0] * y_NCHW, own, below, drawing.split_alpha, label_N)
-    return sampler(hand_over(shared, personal, drawing.split_sigma), levels[0] * y_NCHW, levels, label_N)
+        solver, own, below = drawing.solver(generator), drawing.levels(split=False), levels_from(levels, split)
+        return restarted(solver, shared, personal, own[0] * y_NCHW, own, below, drawing.split_alpha, label_N)
+    solver = drawing.solver(generator, hand_over_at=split)
+    return solver(hand_over(shared, personal, split), levels[0] * y_NCHW, levels, label_N)
 
 
 def draw_shared(
     drawing: Drawing, shared: Denoise, y_NCHW: Tensor, label_N: Tensor, generator: torch.Generator
 ) -> Tensor:
     """What the shared denoiser makes alone: its estimate of x0 at the split, or, restarted, noised images."""
-    sampler = drawing.sampler(generator)
+    solver = drawing.solver(generator)
     if drawing.restarts:
         own = drawing.levels(split=False)
-        return sampler(shared, own[0] * y_NCHW, own, label_N) / drawing.split_alpha
+        return solver(shared, own[0] * y_NCHW, own, label_N) / drawing.split_alpha
     levels = drawing.levels(split=True)
     to_the_split = torch.cat([levels[levels >= drawing.split_sigma], levels.new_zeros(1)])
-    return sampler(shared, levels[0] * y_NCHW, to_the_split, label_N)
+    return solver(shared, levels[0] * y_NCHW, to_the_split, label_N)
 
 
 def draw_alone(
@@ -83,7 +87,7 @@ def draw_alone(
 ) -> Tensor:
     """x0_NCHW by one denoiser from pure noise to the end."""
     levels = drawing.levels(split=False)
-    return drawing.sampler(generator)(denoise, levels[0] * y_NCHW, levels, label_N)
+    return drawing.solver(generator)(denoise, levels[0] * y_NCHW, levels, label_N)
 
 
 def draw_from_split(
@@ -91,7 +95,7 @@ def draw_from_split(
 ) -> Tensor:
     """x0_NCHW by a personal denoiser from the split alone, begun there with σ·z, which holds no image: a control."""
     below = levels_from(drawing.levels(split=True), drawing.split_sigma)
-    return drawing.sampler(generator)(personal, below[0] * y_NCHW, below, label_N)
+    return drawing.solver(generator)(personal, below[0] * y_NCHW, below, label_N)
 
 
 def labels_of(num_classes: int, images_per_class: int) -> Tensor:

@@ -95,7 +95,7 @@ def drawing_arguments(run: TrainSharedSpec) -> dict[str, Any]:
         "sampling": {
             "restarts": diffusion.timeline is Timeline.RESTARTED,
             "steps": run.sampling.steps,
-            "ancestral": run.sampling.sampler == "ddpm",
+            "sampler": run.sampling.sampler,
         },
     }
 

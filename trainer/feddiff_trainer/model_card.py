@@ -19,6 +19,11 @@ LEARNED_FROM = {
     Mechanism.SUMMARY: "each class's pooled mean and covariance, and nothing else",
     Mechanism.PRIVUNIT: "the mean and covariance of each class's noised directions, and nothing else",
 }
+SAMPLERS = {
+    "heun": "deterministic, second order (Heun)",
+    "ddpm": "ancestral (DDPM)",
+    "dpm": "deterministic, second order (DPM-Solver++)",
+}
 
 
 def model_card(
@@ -121,11 +126,10 @@ def _abilities(run: TrainSharedSpec, promise: Promise) -> list[str]:
 
 def _schedule(run: TrainSharedSpec, promise: Promise) -> str:
     diffusion, sampling = run.diffusion, run.sampling
-    sampler = "ancestral (DDPM)" if sampling.sampler == "ddpm" else "deterministic, second order (Heun)"
     return (
         f"Linear β from {tidy(diffusion.beta_start)} to {tidy(diffusion.beta_end)} over T = {diffusion.steps} steps;"
         f" split at step {promise.split_step}, σ = {promise.split_sigma:.4g}. Samples take {sampling.steps} steps from"
-        f" pure noise to an image, those below the split left out; the sampler is {sampler}."
+        f" pure noise to an image, those below the split left out; the sampler is {SAMPLERS[sampling.sampler]}."
     )
 
 

@@ -1,4 +1,4 @@
-"""From noise to images: plain functions of (denoise, y, sigmas, label), after Karras et al. 2022 and Ho et al. 2020.
+"""From noise to images: plain functions of (denoise, y, sigmas, label).
 
 `sigmas` are noise levels that fall, usually to 0. Two denoisers compose into one by hand_over.
 
@@ -48,6 +48,29 @@ def ddpm_ancestral(
         x0_BCHW = denoise(y_BCHW, sigma.expand(len(y_BCHW)), label_B)
         noise_BCHW = torch.randn(y_BCHW.shape, generator=generator, dtype=y_BCHW.dtype, device=y_BCHW.device)
         y_BCHW = x0_BCHW + rho * (y_BCHW - x0_BCHW) + following * (1 - rho).sqrt() * noise_BCHW
+    return y_BCHW
+
+
+@torch.no_grad()
+def dpm_solver(
+    denoise: Denoise, y_BCHW: Tensor, sigmas_N: Tensor, label_B: Tensor, split_sigma: float | None = None
+) -> Tensor:
+    """y_BCHW carried from noise level sigmas[0] to sigmas[-1] by DPM-Solver++(2M), N - 1 calls.
+
+    Lu et al. 2022 (arXiv 2211.01095), algorithm 2, with α = 1 and so λ = -log σ: a step h takes y toward
+    x0 + h/(2·h_before)·(x0 - x0_before). The first step has nothing before it, the one into 0 takes x0 itself, and at
+    split_sigma the estimate before is another denoiser's, whose difference is no slope: these are of first order.
+    """
+    before: tuple[Tensor, Tensor] | None = None
+    for sigma, following in _steps(sigmas_N, y_BCHW):
+        x0_BCHW = denoise(y_BCHW, sigma.expand(len(y_BCHW)), label_B)
+        toward_BCHW = x0_BCHW
+        if before is not None and following > 0 and sigma != split_sigma:
+            sigma_before, x0_before_BCHW = before
+            ratio = (sigma / following).log() / (sigma_before / sigma).log()
+            toward_BCHW = x0_BCHW + ratio / 2 * (x0_BCHW - x0_before_BCHW)
+        y_BCHW = toward_BCHW + following / sigma * (y_BCHW - toward_BCHW)
+        before = sigma, x0_BCHW
     return y_BCHW
 
 

@@ -40,7 +40,7 @@ spec:
     # Public constants: choose them without looking at the records (`feddiff check` tells their owner the effect).
     clipNorm: "20"            # largest Euclidean norm of an image with pixels in [0, 1]; longer ones are scaled down
     momentClipNorm: "8"       # the same for an image minus the mean of its class
-  diffusion: {{splitSigma: "0.25"}}
+  diffusion: {{splitSigma: "8"}}
   shared: {{images: 2000000, batch: 256, replicas: 1}}
   personal: {{images: 1000000, batch: 256}}
   sampling: {{imagesPerClass: 100, steps: 20}}

@@ -157,7 +157,7 @@ def job_text(answer: dict[str, Any]) -> str:
         ),
         mechanism="summary" if summary else "gaussian",
         clips=clips,
-        diffusion='  diffusion: {splitSigma: "0.25"}\n' if summary else "",
+        diffusion='  diffusion: {splitSigma: "8"}\n' if summary else "",
     )
 
 

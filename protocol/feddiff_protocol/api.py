@@ -787,9 +787,13 @@ class PersonalSpec(Wire):
     )
     release_sigma: Positive | None = Field(
         None,
-        description="summary, privunit: lowest noise-to-signal at which draws are trained on; splitSigma unless said",
+        description="summary, privunit: lowest noise-to-signal at which draws are trained on; 0.1 unless said",
     )
     clip_mix: Flag = Field(False, description="also train on clipped images, told apart by a flag (CVPR 2026)")
+
+    @property
+    def release_sigma_or_default(self) -> Decimal:
+        return self.release_sigma if self.release_sigma is not None else Decimal("0.1")
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "PersonalSpec":
@@ -954,7 +958,7 @@ class FederatedDiffusionJobSpec(Wire):
         if mechanism is not Mechanism.GAUSSIAN:
             if self.diffusion.split_sigma is None:
                 raise ValueError(
-                    f'diffusion.splitSigma: mechanism {mechanism} needs it, none was given; "0.25" is a start'
+                    f'diffusion.splitSigma: mechanism {mechanism} needs it, none was given; "8" is a start'
                 )
             if self.diffusion.timeline is not None:
                 raise ValueError(f"diffusion.timeline: belongs to mechanism gaussian, found {mechanism}; remove it")

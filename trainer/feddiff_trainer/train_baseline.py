@@ -14,7 +14,7 @@ from torch import Tensor
 
 from feddiff_protocol import layout
 from feddiff_protocol.accountant import float_below
-from feddiff_protocol.api import ComputeSpec, PersonalSpec, SharedSpec
+from feddiff_protocol.api import ComputeSpec, Mechanism, PersonalSpec, SharedSpec
 from feddiff_protocol.baselines import Baseline, BaselineSpec, TrainBaselineSpec
 from feddiff_protocol.promise import promise_of, schedule_of
 
@@ -143,7 +143,7 @@ def oracle_source(spec: TrainBaselineSpec, everybody: list[str], device: torch.d
     if not spec.client:
         return records(images_NCHW, label_N, (split, highest))
     counts_K = torch.tensor(spec.classes.records, device=device)
-    lowest = float(personal.release_sigma or split)
+    lowest = split if privacy.mechanism is Mechanism.GAUSSIAN else float(personal.release_sigma_or_default)
     filling = filling_records(images_NCHW, label_N, (lowest, highest), counts_K)
     return mixed(clean_source(spec, [spec.client], device), filling, float(personal.release_share))
 

@@ -1,6 +1,6 @@
-"""The stage `train-personal`: an owner's denoiser, on its clean records at every noise level and, from the split or
-personal.releaseSigma up, on what everybody released. It is not private for its owner's records and never leaves the
-owner's store."""
+"""The stage `train-personal`: an owner's denoiser, on its clean records at every noise level and, from
+personal.releaseSigma or the split up, on what everybody released. It is not private for its owner's records and never
+leaves the owner's store."""
 
 import sys
 
@@ -82,13 +82,14 @@ def source_of(
         source = clip_mixed(source, lambda x_BCHW: clipped_images(x_BCHW, spec.privacy))
     if spec.personal.release_share == 0 or spec.diffusion.timeline is Timeline.RESTARTED:
         return source
-    lowest = spec.personal.release_sigma or promise_of(spec.privacy, spec.diffusion).split_sigma
     if spec.privacy.mechanism is not Mechanism.GAUSSIAN:
+        lowest = float(spec.personal.release_sigma_or_default)
         pool = personal_pool(spec, own, releases).to(device)
         counts_K = torch.bincount(label_N, minlength=spec.classes.count).to(device)
-        released = filling_draws(pool, image_shape(spec.image), (float(lowest), sigmas[-1]), counts_K)
+        released = filling_draws(pool, image_shape(spec.image), (lowest, sigmas[-1]), counts_K)
     else:
-        released = from_releases(spec, releases, float(lowest), device)
+        split = promise_of(spec.privacy, spec.diffusion).split_sigma  # below it a noised image says nothing
+        released = from_releases(spec, releases, split, device)
     return mixed(source, released, float(spec.personal.release_share))
 
 

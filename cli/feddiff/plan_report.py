@@ -11,7 +11,7 @@ from rich.table import Table
 from feddiff_protocol import accountant, ledger
 from feddiff_protocol.accountant import Charge
 from feddiff_protocol.api import Mechanism
-from feddiff_protocol.promise import NOT_COVERED, Promise, clips_any, signal_to_noise_db
+from feddiff_protocol.promise import NOT_COVERED, Promise, clips_any, released_image, signal_to_noise_db
 
 from .documents import LocalJob
 from .local_ledger import LedgerState, read_ledger
@@ -242,6 +242,9 @@ def _promise_rows(report: PlanReport) -> list[tuple[str, str]]:
         rows.append(("paper's formula", f"ε = {shown.paper_epsilon:.4f} {per} (valid, not tight)"))
     if shown.one_pixel is not None:
         rows += [("clip", _clip_in_words(job)), ("one pixel", _one_pixel_in_words(job, shown, shown.one_pixel))]
+    if (side := job.document.spec.privacy.block_side) is not None:
+        image = released_image(job.document.spec.privacy, job.first_dataset.document.spec.image)
+        rows.append(("released of", f"{image.dimensions} means of {side} × {side} pixels an image, a public map"))
     attack = f"AUC {shown.attack_auc:.4f}; {shown.attack_tpr:.1%} found at 1 % false alarms"
     split = f"step {shown.split_step} of {job.document.spec.diffusion.steps}, σ = {shown.split_sigma:.4g}"
     return [*rows, ("best attack", attack), ("split", split)]

@@ -17,6 +17,7 @@ SPLIT_MODULE = "feddiff_trainer.split"
 OWNERS, JOB, PAGE = "owners.yaml", "job.yaml", "split.html"
 MOST_CLIENTS = 1000
 DATASET, RESEARCH = "images", "research"
+LARGEST_IMAGE = 784  # values of one that is summarised pixel by pixel: 28×28
 
 OWNERS_HEADER = """\
 # Written by `feddiff split`: one dataset for each of {clients} clients. The same file goes to `feddiff run`.
@@ -47,7 +48,7 @@ spec:
     # From the number of values in an image alone. For private records choose them without looking at the records.
 {clips}
 {diffusion}  shared: {{images: 2000000, batch: 256, replicas: 1}}
-  personal: {{images: 200000, batch: 64}}
+  personal: {{images: 200000, batch: 64{release_sigma}}}
   sampling: {{imagesPerClass: 100, steps: 20}}
 """
 
@@ -142,13 +143,17 @@ def owners_text(answer: dict[str, Any]) -> str:
 
 
 def job_text(answer: dict[str, Any]) -> str:
-    """A job for all clients: `summary`, or `gaussian` where the second moments of such images would not fit."""
+    """A job for all clients: `summary`, of squares where images are large, or `gaussian` where no squares fit and the
+    second moments of such images would not."""
     image, num_classes = answer["image"], answer["classes"]["count"]
-    size = image["channels"] * image["height"] * image["width"]
+    side = block_side(**image)
+    size = image["channels"] * image["height"] * image["width"] // side**2
     summary = num_classes * size * (size + 1) // 2 <= LARGEST_MOMENTS
     clips = f'    clipNorm: "{clip_norm(size, 5 if summary else 3)}"'
     if summary:
         clips += f'\n    momentClipNorm: "{clip_norm(size, 2)}"'
+    if side > 1:
+        clips += f"\n    blockSide: {side}              # means of such squares stand for an image: it is large"
     return JOB_TEXT.format(
         research=RESEARCH,
         clients="\n".join(
@@ -158,7 +163,14 @@ def job_text(answer: dict[str, Any]) -> str:
         mechanism="summary" if summary else "gaussian",
         clips=clips,
         diffusion='  diffusion: {splitSigma: "8"}\n' if summary else "",
+        release_sigma=', releaseSigma: "1"' if side > 1 else "",
     )
+
+
+def block_side(channels: int, height: int, width: int) -> int:
+    """The side of the smallest squares that leave few values of such an image; 1 where none do."""
+    fitting = (side for side in range(1, 65) if height % side == width % side == 0)
+    return next((side for side in fitting if channels * height * width // side**2 <= LARGEST_IMAGE), 1)
 
 
 def clip_norm(size: int, sevenths: int) -> str:

@@ -477,20 +477,22 @@ _FIELDS_OF_ONE = {
     "mean_share": (Mechanism.SUMMARY,),
     "centre": (Mechanism.SUMMARY,),
     "frequency_power": (Mechanism.SUMMARY,),
+    "block_side": (Mechanism.SUMMARY,),
     "variance_guess": (Mechanism.SUMMARY, Mechanism.PRIVUNIT),
 }
 
 
 class PrivacySpec(Wire):
     """One promise: (epsilon, delta) per unit, by a mechanism that has to be named. Clip norms, centre, frequency
-    power and variance guess are constants chosen without looking at the data. Nothing here can change."""
+    power, block side and variance guess are constants chosen without looking at the data. Nothing here can change."""
 
     model_config = _rules(
         ("(self.mechanism == 'summary') == has(self.momentClipNorm)", "momentClipNorm goes with mechanism summary"),
         ("self.mechanism == 'gaussian' || !has(self.pixels)", "pixels goes with mechanism gaussian"),
         (
-            "self.mechanism == 'summary' || !(has(self.meanShare) || has(self.centre) || has(self.frequencyPower))",
-            "meanShare, centre and frequencyPower go with mechanism summary",
+            "self.mechanism == 'summary' || !(has(self.meanShare) || has(self.centre) || has(self.frequencyPower)"
+            " || has(self.blockSide))",
+            "meanShare, centre, frequencyPower and blockSide go with mechanism summary",
         ),
         (
             "self.mechanism != 'gaussian' || !has(self.varianceGuess)",
@@ -544,6 +546,12 @@ class PrivacySpec(Wire):
         description="summary: power of frequency, 0 to 1, by which fine detail counts more in an image minus its"
         " class's noisy mean, before that is clipped; the same for all records. 0 unless said",
     )
+    block_side: Annotated[int, Field(ge=2, le=64), WHOLE] | None = Field(
+        None,
+        description="summary: the side, in pixels, of the squares whose means stand for an image, for images too large"
+        " to release; a divisor of height and width. Norms, centre and variance guess are then of these means. Every"
+        " pixel counts unless given",
+    )
     variance_guess: Positive | None = Field(
         None, description="summary, privunit: public guess of a pixel's variance in [0, 1] units, weighs owners; 0.05"
     )
@@ -595,6 +603,10 @@ class PrivacySpec(Wire):
     @property
     def frequency_power_or_default(self) -> Decimal:
         return self.frequency_power if self.frequency_power is not None else Decimal(0)
+
+    @property
+    def block_side_or_one(self) -> int:
+        return self.block_side if self.block_side is not None else 1
 
     @property
     def variance_guess_or_default(self) -> Decimal:
@@ -871,6 +883,10 @@ class FederatedDiffusionJobSpec(Wire):
             "personal.releaseSigma goes with mechanism summary or privunit",
         ),
         (
+            "!has(self.privacy.blockSide) || has(self.personal.releaseSigma)",
+            "privacy.blockSide goes with personal.releaseSigma",
+        ),
+        (
             "self.privacy.mechanism != 'gaussian' || self.shared.denoiser != 'closedForm'",
             "shared.denoiser closedForm goes with mechanism summary or privunit",
         ),
@@ -962,6 +978,11 @@ class FederatedDiffusionJobSpec(Wire):
                 )
             if self.diffusion.timeline is not None:
                 raise ValueError(f"diffusion.timeline: belongs to mechanism gaussian, found {mechanism}; remove it")
+            if self.privacy.block_side is not None and self.personal.release_sigma is None:
+                raise ValueError(
+                    "personal.releaseSigma: privacy.blockSide needs it, none was given; draws of squares have no"
+                    ' detail, and below the noise that would hide it they are no images; "1" is a start'
+                )
         else:
             if self.diffusion.split_sigma is not None:
                 raise ValueError(

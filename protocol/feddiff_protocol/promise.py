@@ -124,6 +124,17 @@ def _privunit_promise(privacy: PrivacySpec, diffusion: DiffusionSpec) -> Promise
     return Promise(Mechanism.PRIVUNIT, accountant.Charge(pure_epsilon=privacy.epsilon), *_split_asked_for(diffusion))
 
 
+def released_image(privacy: PrivacySpec, image: ImageSpec) -> ImageSpec:
+    """What a release is of: the image itself, or the means of its squares. Raises SpecInvalid unless squares fit."""
+    side = privacy.block_side_or_one
+    if image.height % side or image.width % side:
+        raise SpecInvalid(
+            f"spec.privacy.blockSide: expected a divisor of the image's height {image.height} and width {image.width},"
+            f" found {side}; change it"
+        )
+    return image.model_copy(update={"height": image.height // side, "width": image.width // side})
+
+
 def cap_of(privacy: PrivacySpec, image: ImageSpec) -> privunit.Cap:
     """privunit: what the directions of such images are drawn from, so that ε holds."""
     return privunit.best_cap(accountant.float_below("epsilon", privacy.epsilon), image.dimensions)
@@ -163,18 +174,20 @@ def check_datasets(job: FederatedDiffusionJob, datasets: Mapping[str, PrivateDat
 
 def check_size(privacy: PrivacySpec, image: ImageSpec, num_classes: int) -> None:
     """Raises SpecInvalid where the classes' second moments would not fit into memory."""
+    image = released_image(privacy, image)
     num_values = num_classes * image.dimensions * (image.dimensions + 1) // 2
     if privacy.mechanism is not Mechanism.GAUSSIAN and num_values > LARGEST_MOMENTS:
         raise SpecInvalid(
             f"spec.image: expected at most {LARGEST_MOMENTS} second moments for mechanism {privacy.mechanism}, found"
-            f" {num_values} ({num_classes} classes of {image.dimensions} values); use smaller images or mechanism"
-            " gaussian"
+            f" {num_values} ({num_classes} classes of {image.dimensions} values); with mechanism summary set"
+            " privacy.blockSide, or use smaller images or mechanism gaussian"
         )
 
 
 def signal_to_noise_db(spec: FederatedDiffusionJobSpec, promise: Promise, image: ImageSpec, num_records: int) -> float:
     """Signal left per dimension in dB: of one image (gaussian), else of a class's mean over `num_records`."""
     clip_norm, num_records = float(spec.privacy.clip_norm), max(num_records, 1)
+    image = released_image(spec.privacy, image)
     if promise.mechanism is Mechanism.GAUSSIAN:
         scale = 2 if spec.privacy.clips_non_negative_pixels else 1
         return accountant.signal_to_noise_db(scale * clip_norm, promise.split_sigma, image.dimensions)
@@ -189,5 +202,5 @@ NOT_COVERED = (
     "an owner's personal denoiser, its samples and the owner report: not private, they stay in the owner's store",
     "several images of one person: the unit of the promise is the image",
     "that an owner took part, when it did, and how long its stages ran",
-    "clip norms, centre, frequency power and variance guess, if somebody chose them by looking at the data",
+    "clip norms, centre, frequency power, block side and variance guess, if somebody chose them by looking at the data",
 )

@@ -13,6 +13,16 @@ from feddiff_protocol.manifest import Manifest
 PRIVUNIT = {"mechanism": "privunit", "epsilon": "4", "clipNorm": "4"}
 
 
+SQUARES = {
+    "mechanism": "summary",
+    "epsilon": "4",
+    "delta": "1e-5",
+    "clipNorm": "2",
+    "momentClipNorm": "1",
+    "blockSide": 2,
+}
+
+
 class Quiet:
     """A reporter to whom nothing is news."""
 
@@ -37,6 +47,18 @@ def test_a_job_of_pure_epsilon_runs_to_its_reports_and_is_charged_once(world: An
     assert (state.spent_epsilon, state.entries[0].delta) == (4, 0)
     manifest = (folder.path / "federation" / layout.manifest(outcome.uid, "a")).read_bytes()
     assert Manifest.from_bytes(manifest, "manifest").counts == (30, 40)
+
+
+def test_a_job_whose_owners_release_squares_runs_to_its_reports(world: Any) -> None:
+    world.owners = "a"
+    world.write_records()
+    parts = world.smallest | {"shared": {"denoiser": "closedForm", "replicas": 1}}
+    parts["personal"] = parts["personal"] | {"releaseSigma": "1"}
+    job = world.job("squares", privacy=SQUARES, diffusion={"splitSigma": "8"}, **parts)
+    folder = RunFolder(world.path / "run")
+    outcome = run_job(job, folder, Setting(Quiet(), num_processes=2))
+    assert (outcome.exit_code, outcome.message) == (0, "")
+    assert "means of 2 × 2 pixels in [0, 1]" in report_of(folder).job_report.read_text()
 
 
 def test_a_baseline_runs_to_its_row_by_the_trainers_own_stages(world: Any) -> None:

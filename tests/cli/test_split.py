@@ -11,7 +11,7 @@ import yaml
 from feddiff import scaffold
 from feddiff.documents import load_job
 from feddiff.main import _exit_code, app
-from feddiff.split import clip_norm, job_text
+from feddiff.split import block_side, clip_norm, job_text
 from feddiff_protocol.api import Mechanism
 
 
@@ -87,14 +87,25 @@ def test_a_mistake_is_one_line_and_its_code(
     assert message in err
 
 
-def test_images_whose_second_moments_are_too_many_get_the_papers_mechanism() -> None:
-    answer = {
-        "image": {"channels": 3, "height": 64, "width": 64},
-        "classes": {"count": 10, "names": []},
-        "records": {"a": [2], "b": [2]},
-        "holdout": 0,
-    }
-    assert f"mechanism: {Mechanism.GAUSSIAN}" in job_text(answer) and "splitSigma" not in job_text(answer)
+def job_for(channels: int, height: int, width: int) -> dict[str, Any]:
+    image = {"channels": channels, "height": height, "width": width}
+    answer = {"image": image, "classes": {"count": 10, "names": []}, "records": {"a": [2], "b": [2]}, "holdout": 0}
+    spec: dict[str, Any] = yaml.safe_load(job_text(answer))["spec"]
+    return spec
+
+
+def test_of_large_images_squares_are_summarised() -> None:
+    spec = job_for(3, 64, 64)
+    assert (spec["privacy"]["mechanism"], spec["privacy"]["blockSide"]) == ("summary", 4)
+    assert (spec["privacy"]["clipNorm"], spec["personal"]["releaseSigma"]) == (clip_norm(768, 5), "1")
+    assert [block_side(*shape) for shape in ((1, 28, 28), (3, 32, 32), (1, 112, 112), (1, 60, 42))] == [1, 2, 4, 2]
+    small = job_for(1, 28, 28)
+    assert "blockSide" not in small["privacy"] and "releaseSigma" not in small["personal"]
+
+
+def test_images_whose_second_moments_are_too_many_and_that_no_squares_divide_get_the_papers_mechanism() -> None:
+    spec = job_for(3, 61, 67)
+    assert (spec["privacy"]["mechanism"], "diffusion" in spec) == (Mechanism.GAUSSIAN, False)
 
 
 def test_clip_norms_are_those_of_init_at_28_by_28() -> None:
@@ -107,5 +118,5 @@ def test_clip_norms_are_those_of_init_at_28_by_28() -> None:
 
 def test_what_is_noised_once_an_image_is_clipped_lower() -> None:
     answer = {"classes": {"count": 10, "names": []}, "records": {"a": [2], "b": [2]}, "holdout": 0}
-    gaussian = job_text(answer | {"image": {"channels": 1, "height": 112, "width": 112}})
-    assert f"mechanism: {Mechanism.GAUSSIAN}" in gaussian and 'clipNorm: "48"' in gaussian
+    gaussian = job_text(answer | {"image": {"channels": 1, "height": 113, "width": 113}})
+    assert f"mechanism: {Mechanism.GAUSSIAN}" in gaussian and 'clipNorm: "48.43"' in gaussian

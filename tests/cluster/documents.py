@@ -43,6 +43,7 @@ SUMMARY: dict[str, Any] = {
             "momentClipNorm": "2.5",
             "meanShare": "0.5",
             "centre": "0.5",
+            "blockSide": 2,
             "varianceGuess": "0.05",
         },
         "diffusion": {"steps": 1000, "betaStart": "1e-4", "betaEnd": "0.02", "splitSigma": "0.25"},

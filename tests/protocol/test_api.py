@@ -54,6 +54,8 @@ def test_valid_documents_keep_every_number() -> None:
         (JOB, "spec.privacy.momentClipNorm", MISSING, "momentClipNorm: mechanism summary needs it"),
         (JOB, "spec.privacy.pixels", "zeroToOne", "pixels: belongs to mechanism gaussian"),
         (JOB, "spec.diffusion.splitSigma", MISSING, "splitSigma: mechanism summary needs it"),
+        (JOB, "spec.personal.releaseSigma", MISSING, "releaseSigma: privacy.blockSide needs it, none was given"),
+        (PRIVUNIT, "spec.privacy.blockSide", 2, "blockSide: belongs to mechanism summary, found privunit"),
         (JOB, "spec.clients", [JOB["spec"]["clients"][0]] * 2, "distinct names, found a twice"),
         (JOB, "spec.quorum", 3, "quorum: expected at most the number of clients, 2, found 3"),
         (JOB, "spec.shared.batch", 255, "multiple of replicas × processesPerReplica × accumulation = 2, found 255"),

@@ -9,7 +9,14 @@ from feddiff_protocol import accountant
 from feddiff_protocol.api import DiffusionSpec, FederatedDiffusionJobSpec, ImageSpec, PrivacySpec
 from feddiff_protocol.errors import SpecInvalid
 from feddiff_protocol.privunit import best_cap
-from feddiff_protocol.promise import cap_of, check_size, promise_of, schedule_of, signal_to_noise_db
+from feddiff_protocol.promise import (
+    cap_of,
+    check_size,
+    promise_of,
+    released_image,
+    schedule_of,
+    signal_to_noise_db,
+)
 
 LINEAR = DiffusionSpec()
 
@@ -121,12 +128,22 @@ def test_a_split_beyond_the_last_step_is_refused() -> None:
         promise_of(summary(), DiffusionSpec.model_validate({"splitSigma": "1000"}))
 
 
+def test_squares_have_to_divide_an_image() -> None:
+    image = ImageSpec(channels=3, height=12, width=8)
+    found = released_image(summary(blockSide=4), image)
+    assert (found.channels, found.height, found.width) == (3, 3, 2)
+    assert released_image(summary(), image) == image
+    with pytest.raises(SpecInvalid, match="expected a divisor of the image's height 12 and width 8, found 3; change"):
+        released_image(summary(blockSide=3), image)
+
+
 def test_a_summary_that_would_not_fit_into_memory_is_refused() -> None:
     check_size(summary(), ImageSpec(channels=3, height=32, width=32), 10)
     with pytest.raises(SpecInvalid, match="smaller images"):
         check_size(summary(), ImageSpec(channels=3, height=512, width=512), 2)
     with pytest.raises(SpecInvalid, match="mechanism privunit, found"):
         check_size(privunit(), ImageSpec(channels=3, height=512, width=512), 2)
+    check_size(summary(blockSide=16), ImageSpec(channels=3, height=512, width=512), 2)
     check_size(gaussian(), ImageSpec(channels=3, height=512, width=512), 2)
 
 

@@ -107,6 +107,15 @@ def test_denoisers_that_know_the_distribution_alone_give_nothing_away(fresh: tup
     assert all(each.third.value == 0 for each in found.copies)
 
 
+def test_squares_are_not_reconstructed_and_the_audit_says_so(fresh: tuple[Path, SampleSpec, Audit]) -> None:
+    _, spec, found = fresh
+    privacy = spec.privacy.model_copy(update={"block_side": 2})
+    squares = spec.model_copy(update={"privacy": privacy})
+    assert audit.reconstructs(spec) and not audit.reconstructs(squares)
+    _, notes = audit.compare(squares, *records_of(spec))
+    assert "not reconstructed" in notes[1] and not any("not reconstructed" in note for note in found.notes)
+
+
 def test_a_release_gives_little_of_an_image_back_and_next_to_no_noise_all_of_it(
     fresh: tuple[Path, SampleSpec, Audit],
 ) -> None:

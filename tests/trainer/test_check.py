@@ -71,6 +71,14 @@ def test_a_summarys_clip_is_tried_as_the_map_leaves_images(tmp_path: Path) -> No
     assert (answer["clips"][1]["touched"], weighed["clips"][1]["touched"]) == (2, 0)
 
 
+def test_a_summarys_clips_are_tried_on_the_means_of_squares(tmp_path: Path) -> None:
+    """A flat image of norm 4 has 16 pixels of 1, and 4 squares of mean 1: norm 2."""
+    asked = summary(clipNorm="2.5", momentClipNorm="0.9", blockSide=2)
+    answer = check(spec(tmp_path, images_of_norm(0, 4), [0, 1], privacy=asked))
+    assert [each["touched"] for each in answer["clips"]] == [0, 2]  # about 0.5 the four are 1 long
+    assert answer["released"]["tensors"] == {"mean_sums": [2, 4], "moment_sums": [2, 10]}
+
+
 def test_a_clip_in_minus_one_to_one_units_is_tried_in_those_units(tmp_path: Path) -> None:
     privacy = {"mechanism": "gaussian", "epsilon": "10", "delta": "1e-5", "clipNorm": "1", "pixels": "minusOneToOne"}
     answer = check(spec(tmp_path, images_of_norm(0, 2, 4), [0, 0, 1], privacy=privacy))

@@ -157,7 +157,7 @@ def test_a_reader_that_checks_no_shapes_would_multiply_them(monkeypatch: pytest.
     monkeypatch.setattr(denoisers, "_check_shapes", lambda *_: None)
     products: list[torch.Size] = []
 
-    def spy(means_KD: torch.Tensor, covariances_KDD: torch.Tensor) -> ClassGaussian:
+    def spy(means_KD: torch.Tensor, covariances_KDD: torch.Tensor, block_side: int) -> ClassGaussian:
         products.append(covariances_KDD.shape)
         raise ValueError("stop here")
 

@@ -10,8 +10,10 @@ from feddiff_trainer.denoising import (
     ClassGaussian,
     ambient_loss,
     ambient_weight,
+    block_means,
     denoising_loss,
     edm_weight,
+    in_blocks,
     log_normal_sigmas,
     log_uniform_sigmas,
 )
@@ -59,6 +61,31 @@ def test_closed_form_equals_the_matrix_formula_at_mixed_levels_and_labels() -> N
     total_BDD = cov_BDD + sigma_B.square()[:, None, None] * torch.eye(4, dtype=torch.float64)
     expected_BD = m_BD + (cov_BDD @ torch.linalg.solve(total_BDD, (y_BCHW.flatten(1) - m_BD)[..., None]))[..., 0]
     torch.testing.assert_close(gaussian()(y_BCHW, sigma_B, label_B).flatten(1), expected_BD)
+
+
+def test_closed_form_of_squares_is_that_of_images_whose_squares_have_one_colour() -> None:
+    """N(Um, UΣUᵀ) of all 16 pixels by the matrix formula, U a pixel's square."""
+    spread_DD = torch.kron(torch.eye(2), torch.ones(2, 1)).double()
+    spread_D4 = torch.kron(spread_DD, spread_DD)  # row (i, j) of 4×4 pixels has square (i//2, j//2) of 2×2
+    generator = torch.Generator().manual_seed(5)
+    y_BCHW = torch.randn(32, 1, 4, 4, generator=generator, dtype=torch.float64)
+    sigma_B, label_B = log_uniform_sigmas(32, 0.01, 157, generator).double(), torch.arange(32) % 2
+    m_BD = means()[label_B] @ spread_D4.T
+    cov_BDD = spread_D4 @ covariances()[label_B] @ spread_D4.T
+    total_BDD = cov_BDD + sigma_B.square()[:, None, None] * torch.eye(16, dtype=torch.float64)
+    expected_BD = m_BD + (cov_BDD @ torch.linalg.solve(total_BDD, (y_BCHW.flatten(1) - m_BD)[..., None]))[..., 0]
+    found_BCHW = ClassGaussian(means(), covariances(), block_side=2)(y_BCHW, sigma_B, label_B)
+    torch.testing.assert_close(found_BCHW.flatten(1), expected_BD, atol=1e-9, rtol=1e-9)
+
+
+def test_draws_of_squares_have_one_colour_in_each_and_the_moments_of_the_squares() -> None:
+    x0_BCHW = ClassGaussian(means(), covariances(), block_side=2).draw(
+        torch.zeros(100_000, dtype=torch.long), (1, 4, 4), torch.Generator().manual_seed(3)
+    )
+    squares_BD = block_means(x0_BCHW, 2).flatten(1)
+    assert torch.equal(in_blocks(x0_BCHW[:, :, ::2, ::2], 2), x0_BCHW)
+    torch.testing.assert_close(squares_BD.mean(0), means()[0], atol=0.01, rtol=0)
+    torch.testing.assert_close(squares_BD.T.cov(), covariances()[0], atol=0.02, rtol=0)
 
 
 def test_float32_closed_form_agrees_with_float64() -> None:

@@ -34,11 +34,16 @@ GAUSSIAN = {"mechanism": "gaussian", "epsilon": "10", "delta": "1e-5", "clipNorm
 JOBS: dict[str, dict[str, Any]] = {
     "trained": {"privacy": SUMMARY, "diffusion": {"splitSigma": "0.5"}},
     "closedForm": {"privacy": SUMMARY, "diffusion": {"splitSigma": "0.5"}, "shared": {"denoiser": "closedForm"}},
+    "squares": {
+        "privacy": SUMMARY | {"blockSide": 2},
+        "diffusion": {"splitSigma": "0.5"},
+        "shared": {"denoiser": "closedForm"},
+    },
     "restarted": {"privacy": GAUSSIAN, "diffusion": {"timeline": "restarted"}, "sampling": {"sampler": "ddpm"}},
     "diffusers": {"privacy": SUMMARY, "diffusion": {"splitSigma": "0.5"}, "network": {"backbone": "diffusers"}},
 }
 # diffusers loads weights as float32, and the closed form is computed in float64: of 255, after 8 steps.
-LEVELS_APART = {"trained": 0, "closedForm": 1, "restarted": 0, "diffusers": 0}
+LEVELS_APART = {"trained": 0, "closedForm": 1, "squares": 1, "restarted": 0, "diffusers": 0}
 
 # No feddiff, and no diffusers unless it is asked for: neither from a path nor as an editable install.
 ELSEWHERE = """
@@ -85,7 +90,7 @@ def trained(folder: Path, job: str) -> TrainSharedSpec:
     common = {
         "job": {"uid": UID, "name": "digits", "namespace": "research"},
         "attempt": 1,
-        "image": {"channels": 1, "height": 6, "width": 5},
+        "image": {"channels": 1, "height": 6, "width": 4},
         "privacy": JOBS[job]["privacy"],
         "diffusion": JOBS[job]["diffusion"],
         "federationStore": (folder / "federation").as_uri(),
@@ -105,7 +110,7 @@ def trained(folder: Path, job: str) -> TrainSharedSpec:
 
 def released(folder: Path, client: str, common: dict[str, Any]) -> dict[str, str]:
     rng, labels_N = np.random.default_rng(ord(client)), np.repeat([0, 1], COUNTS[client])
-    np.savez(folder / f"{client}.npz", images=rng.uniform(0, 1, (len(labels_N), 1, 6, 5)), labels=labels_N)
+    np.savez(folder / f"{client}.npz", images=rng.uniform(0, 1, (len(labels_N), 1, 6, 4)), labels=labels_N)
     document = common | {
         "client": client,
         "release": layout.release_name(UID, client, "dataset"),
@@ -189,7 +194,7 @@ def test_what_a_pipeline_is_asked_for_is_checked(exports: dict[str, SharedExport
     with pytest.raises(ValueError, match="output_type: expected pil, pt or latent"):
         loaded([0], output_type="np")
     for kind in ("pt", "latent"):
-        assert loaded([0, 1], num_inference_steps=3, output_type=kind).images.shape == (2, 1, 6, 5)
+        assert loaded([0, 1], num_inference_steps=3, output_type=kind).images.shape == (2, 1, 6, 4)
 
 
 @pytest.mark.parametrize("job", ["trained", "closedForm", "restarted"])

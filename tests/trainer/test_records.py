@@ -16,7 +16,15 @@ from PIL import Image
 
 from feddiff_protocol.api import ClassesSpec, ImageSpec, SourceSpec
 from feddiff_protocol.errors import DataInvalid, FeddiffError, InputMissing
-from feddiff_trainer.records import Records, check_declared, digest_records, read_holdout, read_records, read_source
+from feddiff_trainer.records import (
+    Records,
+    check_declared,
+    digest_records,
+    of_blocks,
+    read_holdout,
+    read_records,
+    read_source,
+)
 
 HEIGHT, WIDTH, NUM_CLASSES = 4, 5, 3
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, HEIGHT, WIDTH), dtype=np.uint8)
@@ -34,6 +42,17 @@ def read(source_format: str, path: Path, labels_path: Path | None = None, channe
         num_classes=NUM_CLASSES,
         **more,  # type: ignore[arg-type]
     )
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 3, 4, 7]))
+def test_means_of_squares_lie_in_the_range_of_pixels(seed: int, side: int) -> None:
+    """A sensitivity counts on it: of pixels that are, or nearly are, the largest, too."""
+    rng = np.random.default_rng(seed)
+    largest = np.array([1.0, np.nextafter(1.0, 0), 1 - 1e-9, 0.1, 0.0])
+    pixels_NCHW = rng.choice(largest, (3, 2, 2 * side, side), p=[0.5, 0.3, 0.1, 0.05, 0.05])
+    means_ND = of_blocks(Records(pixels_NCHW, np.arange(3)), side)[:]
+    assert means_ND.shape == (3, 4) and 0 <= means_ND.min() <= means_ND.max() <= 1
+    np.testing.assert_allclose(means_ND[0, 1], pixels_NCHW[0, 0, side:].mean())
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

@@ -181,6 +181,20 @@ def test_a_summary_that_was_mapped_comes_back_with_its_map(tmp_path: Path) -> No
         np.testing.assert_allclose(read.moment_sums_KM[k], pack_symmetric(u_ND.T @ u_ND), atol=read.moment_std / 512)
 
 
+def test_a_summary_of_squares_is_that_of_their_means(tmp_path: Path) -> None:
+    """Norms, centre and noise are of the four means; nothing of an image is released but through them."""
+    coarse = Released(tmp_path, "summary", np.zeros, block_side=2, clip_norm=Decimal("1.2"))
+    read = coarse.read()
+    assert isinstance(read, OwnerSummary)
+    squares_ND = coarse.images_ND.reshape(37, 2, 2, 2, 2).mean(axis=(2, 4)).reshape(37, 4)
+    sums_KD = np.stack([clipped(squares_ND[coarse.labels_N == k], 1.2).sum(axis=0) for k in range(2)])
+    np.testing.assert_allclose(read.mean_sums_KD, sums_KD, atol=read.mean_std / 512)
+    centres_KD = centres(read.mean_sums_KD.numpy(), np.array(COUNTS), 0.5)
+    for k in range(2):
+        u_ND = clipped(squares_ND[coarse.labels_N == k] - centres_KD[k], 1.5)
+        np.testing.assert_allclose(read.moment_sums_KM[k], pack_symmetric(u_ND.T @ u_ND), atol=read.moment_std / 512)
+
+
 def test_summary_lies_on_its_public_grid(summary: Released) -> None:
     read = summary.read()
     assert isinstance(read, OwnerSummary)

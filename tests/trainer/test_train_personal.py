@@ -22,9 +22,10 @@ from feddiff_protocol.stages import ReleaseSpec, TrainPersonalSpec
 from feddiff_trainer import train_personal, train_shared, training
 from feddiff_trainer.batches import Batch
 from feddiff_trainer.denoisers import denoiser_from_bytes
+from feddiff_trainer.denoising import in_blocks
 from feddiff_trainer.mechanisms import clip_l2
 from feddiff_trainer.network import CLIPPED, UNCLIPPED, Denoiser, run_blocks_twice
-from feddiff_trainer.records import read_source
+from feddiff_trainer.records import of_blocks, read_source
 from feddiff_trainer.release import release
 from feddiff_trainer.stage import report_progress, run_stage
 from feddiff_trainer.stores import open_store
@@ -39,6 +40,10 @@ COUNTS = {"a": (60, 20), "b": (20, 60)}
 JOBS = {
     "summary": ({"mechanism": "summary", "clipNorm": "4", "momentClipNorm": "2"}, {"splitSigma": "0.25"}),
     "privunit": ({"mechanism": "privunit", "clipNorm": "2"}, {"splitSigma": "0.25"}),
+    "squares": (
+        {"mechanism": "summary", "clipNorm": "2", "momentClipNorm": "1", "blockSide": 2},
+        {"splitSigma": "2"},
+    ),
     "continued": ({"mechanism": "gaussian", "clipNorm": "1"}, {"timeline": "continued"}),
     "restarted": ({"mechanism": "gaussian", "clipNorm": "1"}, {"timeline": "restarted"}),
 }
@@ -167,15 +172,26 @@ def test_draws_begin_where_asked(tmp_path: Path, job: str) -> None:
     assert 1 - 1e-6 <= batch.sigma_B[~own_rows(spec, batch)].min() < 1.1
 
 
-@pytest.mark.parametrize("job", ["summary", "privunit"])
+def test_draws_of_squares_have_one_colour_in_each_and_the_classes_colours(tmp_path: Path) -> None:
+    """Class 1 is bright below; of class 0 the owner has 60 records and of class 1 only 20, so that one is filled up."""
+    spec = prepared(tmp_path, "squares", releaseShare="0.25", releaseSigma="1")
+    batch = batch_of(spec)
+    drawn_BCHW = batch.y0_BCHW[~own_rows(spec, batch)]
+    assert torch.equal(in_blocks(drawn_BCHW[:, :, ::2, ::2], 2), drawn_BCHW)
+    above, below = (float(half.mean()) for half in drawn_BCHW.split(2, dim=2))
+    assert above == pytest.approx(2 * 0.15 - 1, abs=0.05) and below == pytest.approx(2 * 0.75 - 1, abs=0.05)
+
+
+@pytest.mark.parametrize("job", ["summary", "privunit", "squares"])
 def test_the_pool_at_home_has_the_owners_own_moments_exact(tmp_path: Path, job: str) -> None:
     """Class means from a stronger hand than its release's noise: the owner's own records."""
-    spec = prepared(tmp_path, job)
+    spec = prepared(tmp_path, job, **({"releaseSigma": "1"} if job == "squares" else {}))
     own = read_source(spec.source, spec.image, spec.classes)
     releases = releases_of(spec, open_store(spec.federation_store), 2)
     at_home, public = personal_pool(spec, own, releases), pool_of(releases, spec)
     common = max(range(2), key=lambda k: COUNTS["a"][k])
-    mean_D = 2 * own[:][own.labels_N == common].mean(axis=0) - 1
+    known = of_blocks(own, spec.privacy.block_side_or_one)
+    mean_D = 2 * known[:][own.labels_N == common].mean(axis=0) - 1
     error, public_error = (np.abs(each.means_KD[common].numpy() - mean_D).mean() for each in (at_home, public))
     assert error < public_error / 2
 

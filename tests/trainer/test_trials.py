@@ -33,6 +33,14 @@ PRIVACY = {
         "momentClipNorm": "1.25",
         "frequencyPower": "0.5",
     },
+    "summary, squares": {
+        "mechanism": "summary",
+        "epsilon": "10",
+        "delta": "1e-5",
+        "clipNorm": "2.5",
+        "momentClipNorm": "1.25",
+        "blockSide": 2,
+    },
     "privunit": {"mechanism": "privunit", "epsilon": "2", "clipNorm": "4"},
 }
 

@@ -112,7 +112,7 @@ def audit(spec: SampleSpec, owner_store: Store, records: Records, normals: Norma
             personal=denoiser_from_bytes(personal, personal_key, network_of(spec, SIGMA_DATA)),
             samples=read_samples(sampled, samples_key, ARMS, spec.image, spec.classes.count),
         )
-        if spec.image.dimensions <= LARGEST_PRIOR:
+        if reconstructs(spec):
             prior = prior_of(image_set(holdout, evaluate_spec_of(spec)), spec.classes.count)
             rebuilt = reconstruct(spec, compared, prior, normals)
         control = memorised(spec, compared.few(), lambda share: report(0.2 + 0.6 * share))
@@ -159,6 +159,10 @@ def one_run_audits(spec: SampleSpec, normals: Normals) -> list[OneRun]:
         epsilon = float(spec.privacy.epsilon) if part.mu is None else accountant.epsilon_of(part.mu, delta)
         audits.append(one_run_of(part.attack, scores_N, second_N, epsilon, delta))
     return audits
+
+
+def reconstructs(spec: SampleSpec) -> bool:
+    return spec.image.dimensions <= LARGEST_PRIOR and spec.privacy.block_side is None
 
 
 def reconstruct(spec: SampleSpec, compared: "Compared", prior: ClassGaussian, normals: Normals) -> Reconstruction:
@@ -265,8 +269,11 @@ def compare(spec: SampleSpec, records: Records, holdout: Records) -> tuple[Compa
     ]
     if Target.SHARED not in asked_for_noise(spec):
         notes = ["On the timeline restarted the shared denoiser was attacked through its samples only."]
-    if spec.image.dimensions > LARGEST_PRIOR:
-        notes.append(f"Images of more than {LARGEST_PRIOR:,} values were not reconstructed from the upload.")
+    if not reconstructs(spec):
+        notes.append(
+            f"Images of more than {LARGEST_PRIOR:,} values, and those of which the means of squares are released, were"
+            " not reconstructed from the upload."
+        )
     if known := int((~fresh_N).sum()):
         notes.append(f"{known} held-out records are training records too and were left out.")
     rng, pairs = np.random.default_rng(SEED), []

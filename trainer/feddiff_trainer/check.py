@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddiff_protocol.api import ClassesSpec, ImageSpec, Mechanism, PrivacySpec, SourceSpec, Wire
+from feddiff_protocol.promise import released_image
 
 from .answering import answered
 from .frequencies import frequency_map
 from .inception import read_inception
 from .pictures import to_pixels
-from .records import Records, read_records
+from .records import Records, of_blocks, read_records
 from .shards import layouts
 
 ROWS = 1024  # records at a time
@@ -102,7 +103,10 @@ def _clips(
     records: Records, norms_N: NDArray[np.float64], privacy: PrivacySpec, image: ImageSpec
 ) -> list[dict[str, Any]]:
     """How many images each of the job's clip norms would scale down; privunit scales the others up."""
-    clipped_N = norms_N
+    clipped_N, image = norms_N, released_image(privacy, image)
+    if privacy.block_side is not None:
+        records = of_blocks(records, privacy.block_side)
+        clipped_N, _ = _norms_and_range(records)
     if not privacy.clips_non_negative_pixels:
         clipped_N = np.concatenate([np.linalg.norm(2 * pixels_ND - 1, axis=1) for _, pixels_ND in _batches(records)])
     clips = [_clip("clipNorm", str(privacy.clip_norm), clipped_N)]
@@ -134,7 +138,7 @@ def _centred_norms(records: Records, centre: float, map_DD: NDArray[np.float64] 
 
 def _released(spec: CheckSpec, privacy: PrivacySpec) -> dict[str, Any]:
     """Shapes and bytes of a release, from public facts alone. Shards of one release are shown as one."""
-    shards = layouts(privacy.mechanism, spec.image, spec.classes.records)
+    shards = layouts(privacy.mechanism, released_image(privacy, spec.image), spec.classes.records)
     names = shards[0].tensors
     rows = {name: sum(shard.tensors[name][1][0] for shard in shards) for name in names}
     keep_rows = privacy.mechanism is Mechanism.SUMMARY

@@ -39,7 +39,7 @@ class ClippedGaussian:
         classes = zip(covariances_KDD, location_KD, scale_KD, strict=True)
         latent_KDD = torch.stack([latent_covariance(*one_class) for one_class in classes])
         dtype = pool.means_KD.dtype
-        self._latent = ClassGaussian((2 * location_KD - 1).to(dtype), (4 * latent_KDD).to(dtype))
+        self._latent = ClassGaussian((2 * location_KD - 1).to(dtype), (4 * latent_KDD).to(dtype), pool.block_side)
 
     def draw(self, label_B: Tensor, image_shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
         """x0_BCHW in [-1, 1], independent draws of the labels' classes."""

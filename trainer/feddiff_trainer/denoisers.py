@@ -37,24 +37,27 @@ def denoiser_bytes(denoiser: nn.Module) -> bytes:
     return safetensors.torch.save(tensors, {KEY: description})  # one key: safetensors writes several in any order
 
 
-def denoiser_from_bytes(data: bytes, where: str, config: NetworkConfig) -> Denoiser | ClassGaussian:
-    """The denoiser in evaluation mode: the network of `config`, or a ClassGaussian of its images and classes.
+def denoiser_from_bytes(
+    data: bytes, where: str, config: NetworkConfig, block_side: int = 1
+) -> Denoiser | ClassGaussian:
+    """The denoiser in evaluation mode: the network of `config`, or a ClassGaussian of its images and classes, or of
+    these images' squares.
 
     Raises DataInvalid, naming `where`, if the bytes hold neither, before anything is built that they ask for.
     """
     try:
         kind = _kind(_description(data), config)
         tensors = safetensors.torch.load(data)
-        _check_shapes(tensors, _shapes(kind, config))
-        denoiser = _built(kind, config, tensors)
+        _check_shapes(tensors, _shapes(kind, config, block_side))
+        denoiser = _built(kind, config, tensors, block_side)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise DataInvalid(f"{where}: expected a denoiser of format {FORMAT}, found: {error}; train it again") from None
     return denoiser.eval().requires_grad_(False)
 
 
-def most_bytes(kind: Kind, config: NetworkConfig) -> int:
+def most_bytes(kind: Kind, config: NetworkConfig, block_side: int = 1) -> int:
     """No denoiser of this kind and for `config` has more: known before one is fetched."""
-    shapes = _shapes(kind, config)
+    shapes = _shapes(kind, config, block_side)
     return VALUE_BYTES * sum(map(math.prod, shapes.values())) + ENTRY_BYTES * (len(shapes) + 2)
 
 
@@ -86,12 +89,13 @@ def _short(value: object) -> str:
     return ascii(value)[:80]
 
 
-def _shapes(kind: Kind, config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(kind: Kind, config: NetworkConfig, block_side: int) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, without a value of any."""
     if kind == "unet":
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in Denoiser(config).state_dict().items()}
-    K, D = config.num_classes, config.image_channels * config.image_height * config.image_width
+    K, squares = config.num_classes, config.image_height * config.image_width // block_side**2
+    D = config.image_channels * squares
     return {"means_KD": (K, D), "eigenvalues_KD": (K, D), "eigenvectors_KDD": (K, D, D)}
 
 
@@ -105,11 +109,13 @@ def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
             raise ValueError(f"{name} of shape {_short(tuple(tensors[name].shape))} where the job needs {shape}")
 
 
-def _built(kind: Kind, config: NetworkConfig, tensors: Mapping[str, Tensor]) -> Denoiser | ClassGaussian:
+def _built(
+    kind: Kind, config: NetworkConfig, tensors: Mapping[str, Tensor], block_side: int
+) -> Denoiser | ClassGaussian:
     if kind == "unet":
         network = Denoiser(config)
         network.load_state_dict(dict(tensors))
         return network
     vectors_KDD = tensors["eigenvectors_KDD"]
     covariances_KDD = (vectors_KDD * tensors["eigenvalues_KD"][:, None, :]) @ vectors_KDD.transpose(1, 2)
-    return ClassGaussian(tensors["means_KD"], covariances_KDD)
+    return ClassGaussian(tensors["means_KD"], covariances_KDD, block_side)

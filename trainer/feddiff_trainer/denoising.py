@@ -112,23 +112,26 @@ class ClassGaussian(nn.Module):
     """The pooled Gaussian: per class N(m_k, Σ_k), with its denoiser in closed form, for any σ, without training.
 
     means_KD and covariances_KDD in [-1, 1] units (pooling.pool), float32 or float64: the precision it computes in.
+    block_side p: they are of the means of squares of p × p pixels, and its images have such squares in one colour.
     """
 
     means_KD: Tensor
     eigenvalues_KD: Tensor
     eigenvectors_KDD: Tensor
 
-    def __init__(self, means_KD: Tensor, covariances_KDD: Tensor) -> None:
+    def __init__(self, means_KD: Tensor, covariances_KDD: Tensor, block_side: int = 1) -> None:
         super().__init__()
+        self.block_side = block_side
         eigenvalues_KD, eigenvectors_KDD = torch.linalg.eigh(covariances_KDD)
         self.register_buffer("means_KD", means_KD)
         self.register_buffer("eigenvalues_KD", eigenvalues_KD.clamp(min=0))  # rounding leaves -1e-17 for a true 0
         self.register_buffer("eigenvectors_KDD", eigenvectors_KDD)
 
     @classmethod
-    def to_be_loaded(cls, num_classes: int, num_values: int) -> "ClassGaussian":
+    def to_be_loaded(cls, num_classes: int, num_values: int, block_side: int = 1) -> "ClassGaussian":
         """One that waits for its state, in float64: no decomposition of what is thrown away."""
-        gaussian = cls(torch.zeros(0, num_values).double(), torch.zeros(0, num_values, num_values).double())
+        empty = torch.zeros(0, num_values, dtype=torch.float64)
+        gaussian = cls(empty, empty[:, None].expand(0, num_values, num_values), block_side)
         for name, buffer in gaussian.named_buffers():
             gaussian.register_buffer(name, buffer.new_zeros(num_classes, *buffer.shape[1:]))
         return gaussian
@@ -138,7 +141,16 @@ class ClassGaussian(nn.Module):
         return (self.eigenvectors_KDD * self.eigenvalues_KD[:, None, :]) @ self.eigenvectors_KDD.mT
 
     def forward(self, y_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Tensor:
-        """E[x0 | y_σ] = m + Σ(Σ + σ²I)⁻¹(y_σ - m) (docs/method.md, the shared denoiser), of y's shape and precision."""
+        """E[x0 | y_σ] = m + Σ(Σ + σ²I)⁻¹(y_σ - m) (docs/method.md, the shared denoiser), of y's shape and precision.
+
+        Of squares in one colour their means say all that y_σ does, with noise of σ/p.
+        """
+        if self.block_side > 1:
+            means_Bchw = block_means(y_BCHW, self.block_side)
+            return in_blocks(self._estimate(means_Bchw, sigma_B / self.block_side, label_B), self.block_side)
+        return self._estimate(y_BCHW, sigma_B, label_B)
+
+    def _estimate(self, y_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Tensor:
         y_BD = y_BCHW.flatten(1).to(self.means_KD.dtype)
         x0_BD = torch.empty_like(y_BD)
         for k, rows in rows_of_classes(label_B, len(self.means_KD)):
@@ -160,7 +172,19 @@ class ClassGaussian(nn.Module):
         for k, rows in rows_of_classes(label_B, len(self.means_KD)):
             scaled_BD = z_BD[rows] * self.eigenvalues_KD[k].sqrt()
             x0_BD[rows] = self.means_KD[k] + scaled_BD @ self.eigenvectors_KDD[k].T
-        return x0_BD.view(-1, *image_shape)
+        channels, height, width = image_shape
+        means_Bchw = x0_BD.view(-1, channels, height // self.block_side, width // self.block_side)
+        return in_blocks(means_Bchw, self.block_side)
+
+
+def block_means(x_BCHW: Tensor, side: int) -> Tensor:
+    """Means of squares of `side` × `side` pixels, a divisor of height and width."""
+    return nn.functional.avg_pool2d(x_BCHW, side)
+
+
+def in_blocks(x_BCHW: Tensor, side: int) -> Tensor:
+    """Every pixel as a square of `side` × `side` pixels."""
+    return x_BCHW.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3) if side > 1 else x_BCHW
 
 
 def rows_of_classes(label_B: Tensor, num_classes: int) -> Iterator[tuple[int, Tensor]]:

@@ -312,8 +312,10 @@ def _values_of(measures: Quality | Measures, left_out: Collection[str]) -> Value
 def gallery_of(spec: EvaluateSpec, records: Records, samples: LabelledImages, release: Release) -> Gallery:
     """The first images of every class and column."""
     shape_CHW = (spec.image.channels, spec.image.height, spec.image.width)
-    labels = range(spec.classes.count)
-    released, note = released_pictures(release, shape_CHW, spec.classes.count)
+    labels, side = range(spec.classes.count), spec.privacy.block_side_or_one
+    released_CHW = (spec.image.channels, spec.image.height // side, spec.image.width // side)
+    released, note = released_pictures(release, released_CHW, spec.classes.count)
+    released = [picture.repeat(side, axis=2).repeat(side, axis=3) for picture in released]
     columns: dict[str, Sequence[Pixels]] = {
         "real": [_first_real(records, label, shape_CHW) for label in labels],
         "released": released,

@@ -57,8 +57,9 @@ def export_shared(spec: SharedExportSpec) -> dict[str, Any]:
     config = network_config(run.network, run.image, run.num_classes, sigma_data_of(run))
     kind: Kind = "gaussian" if run.shared.denoiser == "closedForm" else "unet"
     key = layout.shared_denoiser(run.job.uid)
-    data = get_verified(store, key, spec.shared_denoiser_sha256, most_bytes(kind, config))
-    denoiser_from_bytes(data, key, config)  # refuses another network's
+    side = run.privacy.block_side_or_one
+    data = get_verified(store, key, spec.shared_denoiser_sha256, most_bytes(kind, config, side))
+    denoiser_from_bytes(data, key, config, side)  # refuses another network's
     tensors = {f"denoise.{name}": tensor for name, tensor in safetensors.torch.load(data).items()}
     manifests = read_manifests(store, run.releases, terms_of(run, run.num_classes))
     card = model_card(run, manifests, spec.class_names, spec.shared_denoiser_sha256, spec.licence, installed_versions())
@@ -92,6 +93,7 @@ def drawing_arguments(run: TrainSharedSpec) -> dict[str, Any]:
             "beta_end": float(diffusion.beta_end),
         },
         "split_step": promise_of(run.privacy, diffusion).split_step,
+        "block_side": run.privacy.block_side_or_one,
         "sampling": {
             "restarts": diffusion.timeline is Timeline.RESTARTED,
             "steps": run.sampling.steps,

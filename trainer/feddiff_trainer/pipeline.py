@@ -45,7 +45,13 @@ class SharedDenoiser(ModelMixin, ConfigMixin):
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self, kind: str, network: dict[str, Any], schedule: dict[str, Any], split_step: int, sampling: dict[str, Any]
+        self,
+        kind: str,
+        network: dict[str, Any],
+        schedule: dict[str, Any],
+        split_step: int,
+        block_side: int,
+        sampling: dict[str, Any],
     ) -> None:
         super().__init__()
         config, noise = NetworkConfig(**network), Schedule(**schedule)
@@ -56,7 +62,8 @@ class SharedDenoiser(ModelMixin, ConfigMixin):
         if kind == "unet":
             self.denoise: nn.Module = Denoiser(config)
         else:
-            self.denoise = ClassGaussian.to_be_loaded(config.num_classes, torch.Size(self.image_shape).numel())
+            num_values = torch.Size(self.image_shape).numel() // block_side**2
+            self.denoise = ClassGaussian.to_be_loaded(config.num_classes, num_values, block_side)
 
     def forward(self, y_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Tensor:
         x0_BCHW: Tensor = self.denoise(y_BCHW, sigma_B, label_B)

@@ -58,6 +58,26 @@ class Records:
         return self, rows_n
 
 
+@dataclass(frozen=True)
+class BlockMeans(Records):
+    """Records of which every pixel is the mean of a square of `side` × `side`: in [0, 1] as they are, rounded sums of n
+    numbers up to 1 being at most n."""
+
+    side: int = 1
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float64]:
+        pixels_ND = super().__getitem__(rows)
+        channels, height, width = self.pixels_NCHW.shape[1:]
+        squares = pixels_ND.reshape(-1, channels, height // self.side, self.side, width // self.side, self.side)
+        means_ND: NDArray[np.float64] = squares.mean(axis=(3, 5)).reshape(len(pixels_ND), -1)
+        return means_ND
+
+
+def of_blocks(records: Records, side: int) -> Records:
+    """What a release of squares' means is of; the records themselves where squares are pixels."""
+    return BlockMeans(records.pixels_NCHW, records.labels_N, records.told, side) if side > 1 else records
+
+
 def read_records(
     source_format: str,
     path: Path,

@@ -20,14 +20,14 @@ from feddiff_protocol import layout
 from feddiff_protocol.api import Mechanism
 from feddiff_protocol.errors import DataInvalid, FeddiffError, InputMissing, PrivacyRefusal, SpecInvalid
 from feddiff_protocol.manifest import Manifest, Seal, ShardReference, shard_name, spec_sha256
-from feddiff_protocol.promise import Promise, cap_of, check_size, promise_of, schedule_of
+from feddiff_protocol.promise import Promise, cap_of, check_size, promise_of, released_image, schedule_of
 from feddiff_protocol.stages import ReleaseSpec
 
 from .frequencies import frequency_map
 from .mechanisms import Int64, release_gaussian_on_grid, release_summary, shuffled_order
 from .noise import Float64, Normals, os_entropy_normals
 from .privunit import release_privunit_on_grid
-from .records import Records, digest_records, read_source
+from .records import Records, digest_records, of_blocks, read_source
 from .shards import Integers, encode, grid_steps, images_name, layouts
 from .stage import report_progress, run_stage
 from .stores import FAILURES, Store, check_creates_once, open_store
@@ -206,8 +206,9 @@ def _released_images(
 
 def _summary_shard(spec: ReleaseSpec, promise: Promise, records: Records, normals: Normals) -> bytes:
     assert promise.mean_std is not None and promise.moment_std is not None and spec.privacy.moment_clip_norm is not None
+    image = released_image(spec.privacy, spec.image)
     summary = release_summary(
-        records,
+        of_blocks(records, spec.privacy.block_side_or_one),
         records.labels_N,
         num_classes=spec.classes.count,
         mean_clip_norm=float(spec.privacy.clip_norm),
@@ -216,10 +217,10 @@ def _summary_shard(spec: ReleaseSpec, promise: Promise, records: Records, normal
         mean_std=promise.mean_std,
         moment_std=promise.moment_std,
         normals=normals,
-        map_DD=frequency_map(spec.privacy, spec.image),
+        map_DD=frequency_map(spec.privacy, image),
     )
     steps = grid_steps(promise, schedule_of(spec.diffusion))
-    (shard_layout,) = layouts(promise.mechanism, spec.image, spec.classes.records)
+    (shard_layout,) = layouts(promise.mechanism, image, spec.classes.records)
     sums = {"mean_sums": summary.mean_sums_KD, "moment_sums": summary.moment_sums_KM}
     return encode(shard_layout, {name: _cells(values, getattr(steps, name)) for name, values in sums.items()})
 

@@ -17,7 +17,7 @@ from feddiff_protocol import layout
 from feddiff_protocol.api import DiffusionSpec, ImageSpec, Mechanism, PrivacySpec
 from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.manifest import DOCUMENT_BYTES, Manifest, ShardReference
-from feddiff_protocol.promise import Promise, cap_of, promise_of, schedule_of
+from feddiff_protocol.promise import Promise, cap_of, promise_of, released_image, schedule_of
 from feddiff_protocol.stages import ReleaseReference
 
 from .fetching import ALONE, fetched_once
@@ -155,14 +155,15 @@ def _check_grid(who: str, promise: Promise, diffusion: DiffusionSpec, manifest: 
 
 def _check_shards(who: str, manifest: Manifest) -> None:
     """Refuses before a single byte of them is fetched."""
-    expected = num_shards(manifest.privacy.mechanism, manifest.image, manifest.counts)
+    image = released_image(manifest.privacy, manifest.image)
+    expected = num_shards(manifest.privacy.mechanism, image, manifest.counts)
     _check_equal(who, "number of shards", expected, len(manifest.shards))
     for shard_layout, shard in zip(_layouts(manifest), manifest.shards, strict=True):
         _check_size(shard_layout, shard, who)
 
 
 def _layouts(manifest: Manifest) -> list[Layout]:
-    return layouts(manifest.privacy.mechanism, manifest.image, manifest.counts)
+    return layouts(manifest.privacy.mechanism, released_image(manifest.privacy, manifest.image), manifest.counts)
 
 
 def _check_size(shard_layout: Layout, shard: ShardReference, who: str) -> None:
@@ -229,7 +230,7 @@ def _summary(manifest: Manifest, promise: Promise, shards: Sequence[dict[str, In
     (sums,) = shards
     privacy, steps = manifest.privacy, manifest.grid_steps
     assert promise.mean_std is not None and promise.moment_std is not None and privacy.moment_clip_norm is not None
-    map_DD = frequency_map(privacy, manifest.image)
+    map_DD = frequency_map(privacy, released_image(privacy, manifest.image))
     return OwnerSummary(
         mean_sums_KD=torch.from_numpy(_values(sums["mean_sums"], steps.mean_sums)),
         moment_sums_KM=torch.from_numpy(_values(sums["moment_sums"], steps.moment_sums)),

@@ -155,8 +155,10 @@ def attack_sentence(promise: Promise) -> str:
 def clip_sentence(spec: ReportSpec | TrainSharedSpec) -> str:
     privacy = spec.privacy
     if privacy.mechanism is Mechanism.SUMMARY:
-        power = privacy.frequency_power_or_default
-        units = f"pixels in [0, 1]{f'; fine detail counts more, by frequency^{power}' if power else ''}"
+        power, side = privacy.frequency_power_or_default, privacy.block_side_or_one
+        units = "pixels in [0, 1]" if side == 1 else f"means of {side} × {side} pixels in [0, 1]"
+        if power:
+            units += f"; fine detail counts more, by frequency^{power}"
         return f"{privacy.clip_norm}, minus its class's noisy mean {privacy.moment_clip_norm} ({units})"
     if privacy.mechanism is Mechanism.PRIVUNIT:
         return f"{privacy.clip_norm}: every image is scaled to it (pixels in [0, 1])"
@@ -175,7 +177,7 @@ def noise_sentence(spec: ReportSpec | TrainSharedSpec, promise: Promise) -> str:
         given = f"; the step itself gives μ = {promise.step_mu:.4f}" if promise.step_mu is not None else ""
         return f"standard deviation {promise.split_sigma:.4g} per pixel, in [-1, 1] units{given}"
     return (
-        f"standard deviation {promise.mean_std:.4g} per pixel of a class's sum and {promise.moment_std:.4g} per entry "
+        f"standard deviation {promise.mean_std:.4g} per value of a class's sum and {promise.moment_std:.4g} per entry "
         "of its second moment, in [0, 1] units"
     )
 

@@ -51,8 +51,9 @@ def read_shared(spec: SampleSpec) -> Denoise:
     """The shared denoiser that the planner heard of. It is another party's: its size follows from the job alone."""
     store, key = open_store(spec.federation_store, "federation"), layout.shared_denoiser(spec.job.uid)
     config = network_of(spec, sigma_data_of(spec))
-    most = most_bytes("gaussian" if spec.shared.denoiser == "closedForm" else "unet", config)
-    return denoiser_from_bytes(get_verified(store, key, spec.shared_denoiser_sha256, most), key, config)
+    side = spec.privacy.block_side_or_one
+    most = most_bytes("gaussian" if spec.shared.denoiser == "closedForm" else "unet", config, side)
+    return denoiser_from_bytes(get_verified(store, key, spec.shared_denoiser_sha256, most), key, config, side)
 
 
 def network_of(spec: SampleSpec, sigma_data: float) -> NetworkConfig:

@@ -19,7 +19,7 @@ from .denoisers import denoiser_bytes
 from .denoising import ClassGaussian
 from .network import Denoiser
 from .pooling import exact, pool
-from .records import Records, read_source
+from .records import Records, of_blocks, read_source
 from .stage import report_progress, run_stage
 from .stores import open_store
 from .train_shared import (
@@ -96,13 +96,14 @@ def source_of(
 def personal_pool(spec: TrainPersonalSpec, own: Records, releases: Releases) -> ClassGaussian:
     """The pool with the owner's own sums exact in place of its release: as private as its records, it stays here."""
     owners = owners_of(releases)
+    side = spec.privacy.block_side_or_one
     at_home = {
-        position: exact(torch.from_numpy(own[:]), torch.from_numpy(own.labels_N), owners[position])
+        position: exact(torch.from_numpy(of_blocks(own, side)[:]), torch.from_numpy(own.labels_N), owners[position])
         for position, reference in enumerate(spec.releases)
         if reference.client == spec.client
     }
     variance_guess, own_weight = spec.privacy.variance_guess_or_default, spec.shared.own_covariance_weight
-    return ClassGaussian(*pool(owners, float(variance_guess), float(own_weight), at_home=at_home))
+    return ClassGaussian(*pool(owners, float(variance_guess), float(own_weight), at_home=at_home), side)
 
 
 def images_of(own: Records, image: ImageSpec) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,8 @@ def terms_of(spec: TrainSharedSpec | OwnerStageSpec, num_classes: int) -> Terms:
 def pool_of(releases: Releases, spec: TrainSharedSpec | OwnerStageSpec) -> ClassGaussian:
     """The pooled Gaussian of all owners' releases: post-processing, everybody computes the same."""
     variance_guess = float(spec.privacy.variance_guess_or_default)
-    return ClassGaussian(*pool(owners_of(releases), variance_guess, float(spec.shared.own_covariance_weight)))
+    means_KD, covariances_KDD = pool(owners_of(releases), variance_guess, float(spec.shared.own_covariance_weight))
+    return ClassGaussian(means_KD, covariances_KDD, spec.privacy.block_side_or_one)
 
 
 def owners_of(releases: Releases) -> list[Owner]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from feddiff_protocol.api import ClassesSpec, ImageSpec, Mechanism
-from feddiff_protocol.promise import Promise, cap_of, promise_of, schedule_of
+from feddiff_protocol.promise import Promise, cap_of, promise_of, released_image, schedule_of
 from feddiff_protocol.stages import ReleaseSpec
 
 from .attacks import matched_filter
@@ -77,7 +77,7 @@ def _mean_sums(spec: ReleaseSpec, promise: Promise) -> Part:
     """The first sum of `summary` alone, against its share of the charge: orthogonal images of norm C1."""
     assert promise.mu is not None and promise.mean_std is not None
     clip_norm, std = float(spec.privacy.clip_norm), promise.mean_std
-    image = _image_of(2 * clip_norm**2, spec.image)
+    image = _image_of(2 * clip_norm**2, released_image(spec.privacy, spec.image))
     pair = _halves(image.dimensions)
     clean_D, other_D = (clip_l2(x_D[None], clip_norm)[0] for x_D in pair)
     return Part(
@@ -96,7 +96,7 @@ def _moment_sums(spec: ReleaseSpec, promise: Promise) -> Part:
     clip_norm, std = float(spec.privacy.moment_clip_norm), promise.moment_std
     centre = float(spec.privacy.centre_or_default)
     farthest = 1.0 if centre <= 0.5 else 0.0
-    image = _image_of(2 * (clip_norm / (farthest - centre)) ** 2, spec.image)
+    image = _image_of(2 * (clip_norm / (farthest - centre)) ** 2, released_image(spec.privacy, spec.image))
     map_DD = frequency_map(spec.privacy, image)
     if map_DD is None or centre in (0, 1):  # no wave has room about black: halves, as mapped not quite orthogonal
         apart = [(farthest - centre) * half_D for half_D in _halves(image.dimensions)]
@@ -167,10 +167,13 @@ def canaries(spec: ReleaseSpec, part: Part, second_N: np.ndarray, normals: Norma
 
 def released_values(spec: ReleaseSpec, image: ImageSpec, tensor: str, pixels_ND: Float64, normals: Normals) -> Float64:
     """What leaves of each image (D or M values of one tensor, in order), by the very function that writes a release's
-    shards; each is a class of its own, so LARGEST_RELEASE are the most. Nothing is written."""
-    promise, num = promise_of(spec.privacy, spec.diffusion), len(pixels_ND)
-    trial = spec.model_copy(update={"image": image, "classes": ClassesSpec(count=num, records=(1,) * num)})
-    records = Records(pixels_ND.reshape(num, image.channels, image.height, image.width), np.arange(num))
+    shards; each is a class of its own, so LARGEST_RELEASE are the most. Where a job releases the means of squares,
+    pixels_ND are these and the images have such squares in one colour. Nothing is written."""
+    promise, num, side = promise_of(spec.privacy, spec.diffusion), len(pixels_ND), spec.privacy.block_side_or_one
+    whole = image.model_copy(update={"height": side * image.height, "width": side * image.width})
+    trial = spec.model_copy(update={"image": whole, "classes": ClassesSpec(count=num, records=(1,) * num)})
+    pixels_NChw = pixels_ND.reshape(num, image.channels, image.height, image.width)
+    records = Records(pixels_NChw.repeat(side, axis=2).repeat(side, axis=3), np.arange(num))
     step = math.ldexp(1.0, getattr(grid_steps(promise, schedule_of(spec.diffusion)), tensor))
     parts, rows = [], []
     shards = shards_of(trial, promise, records, normals)

@@ -30,7 +30,6 @@ from feddiff_protocol.baselines import (
     DEFAULT_NOISE_MULTIPLICITY,
     DEFAULT_ROUNDS,
     EPSILON_FIELDS,
-    RELEASE_FIELDS,
     Baseline,
     NoiseMultiplicity,
     Rounds,
@@ -137,8 +136,8 @@ class Unit:
         data = [[each.metadata.to_wire(), each.spec.image.to_wire(), each.spec.classes.to_wire()] for each in documents]
         spec = self.job.document.spec.to_wire()
         job: dict[str, Any] = {"spec": spec}
-        if self.baseline is not None and not self.baseline.knows_of_releases:
-            job = with_fields(job, dict.fromkeys(RELEASE_FIELDS))
+        if self.baseline is not None:
+            job = with_fields(job, dict.fromkeys(self.baseline.indifferent_to(self.job.promise.mechanism)))
         said = [self.arm, self.baseline, self.rounds, self.of, self.seed, job, data]
         if self.baseline is not None and self.baseline.keeps_epsilon:
             said += [self.noise_multiplicity, *(spec["privacy"][field] for field in ("epsilon", "delta"))]
@@ -248,7 +247,7 @@ def expand(
         _check_dp_sgd(arm, local, where)
         unit = Unit(
             arm.called,
-            concerning(cell, arm.baseline),
+            concerning(cell, arm.baseline, local.promise.mechanism),
             seed,
             local,
             arm.baseline,
@@ -269,15 +268,16 @@ def noise_multiplicity_of(arm: ArmSpec) -> int | None:
     return (arm.noise_multiplicity or DEFAULT_NOISE_MULTIPLICITY) if arm.baseline is Baseline.DP_SGD else None
 
 
-def concerning(cell: Cell, baseline: Baseline | None) -> Cell:
+def concerning(cell: Cell, baseline: Baseline | None, mechanism: Mechanism) -> Cell:
     """The part of a cell that an arm depends on: a baseline that knows of no release is run once for all of them."""
-    if baseline is None or baseline.knows_of_releases:
+    if baseline is None:
         return cell
+    fields = baseline.indifferent_to(mechanism)
     kept = EPSILON_FIELDS if baseline.keeps_epsilon else ()
     return {
         field: value
         for field, value in cell.items()
-        if any(_overlap(field, each) for each in kept) or not any(_is_within(field, of) for of in RELEASE_FIELDS)
+        if any(_overlap(field, each) for each in kept) or not any(_is_within(field, of) for of in fields)
     }
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from .api import WHOLE, ClassesSpec, FederatedDiffusionJobSpec, ImageSpec, Name, SourceSpec, Wire
+from .api import WHOLE, ClassesSpec, FederatedDiffusionJobSpec, ImageSpec, Mechanism, Name, SourceSpec, Wire
 from .stages import SampleSpec, SeededSpec, Stage, Uri
 
 
@@ -36,10 +36,14 @@ class Baseline(StrEnum):
         """Whether it takes what a job's run has made, and trains nothing itself."""
         return self in (Baseline.ALONE, Baseline.FROM_NOISE, Baseline.CLOSED_FORM, Baseline.DRAWS)
 
-    @property
-    def knows_of_releases(self) -> bool:
-        """Whether it depends on what a job releases, or on where its split is."""
-        return self.is_of_a_run or self is Baseline.ORACLE
+    def indifferent_to(self, mechanism: Mechanism) -> tuple[str, ...]:
+        """Fields of a job, or all below them, that it does not depend on. An oracle knows of no release but of the
+        split, which is a field of its own or, with `gaussian`, follows from ε."""
+        if self.is_of_a_run:
+            return ()
+        if self is Baseline.ORACLE:
+            return () if mechanism is Mechanism.GAUSSIAN else ("privacy",)
+        return RELEASE_FIELDS
 
     @property
     def keeps_epsilon(self) -> bool:
@@ -62,7 +66,7 @@ LEAVES: Mapping[Baseline, str] = {
     Baseline.FEDAVG: "weights in every round, without noise: NOT PRIVATE",
 }
 
-# Fields of a job, or all below them, that no network of these baselines depends on: they know of no release.
+# Fields of a job, or all below them, that say what is released and what is made of it.
 RELEASE_FIELDS = (
     *("privacy", "shared", "diffusion.splitSigma", "diffusion.timeline"),
     *("personal.releaseShare", "personal.releaseSigma", "personal.clipMix"),

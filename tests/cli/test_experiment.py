@@ -416,8 +416,10 @@ def test_the_personal_denoiser_alone_is_read_from_its_run(study: Study) -> None:
 
 
 def test_an_oracle_trains_a_shared_denoiser_and_one_for_each_owner_in_every_cell(study: Study) -> None:
-    study.fields = {"seeds": [0], "arms": [{"baseline": "oracle"}], "grid": {"diffusion.splitSigma": ["1", "2"]}}
+    grid = {"diffusion.splitSigma": ["1", "2"], "privacy.epsilon": ["1", "2"]}  # of the latter it knows nothing
+    study.fields = {"seeds": [0], "arms": [{"baseline": "oracle"}], "grid": grid}
     rows = study.run()
+    assert [row.cell for row in rows] == [{"diffusion.splitSigma": "1"}, {"diffusion.splitSigma": "2"}]
     assert [row.promise for row in rows] == [None, None]
     assert rows[0].image_steps == {"shared": 2_000_000, "personal": 1_000_000}
     assert study.stages.started.count("train-personal") == study.stages.started.count("train-personal a") == 2

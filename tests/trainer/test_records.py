@@ -44,6 +44,18 @@ def read(source_format: str, path: Path, labels_path: Path | None = None, channe
     )
 
 
+def test_means_of_squares_are_those_of_the_pixels_as_a_release_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    images_NCHW = np.random.default_rng(1).integers(0, 256, (7, 3, 6, 4), dtype=np.uint8)
+    records = Records(images_NCHW, np.arange(7), told.append)
+    monkeypatch.setattr("feddiff_trainer.records.READ_VALUES", 2 * 72)  # two images at a time
+    rows = np.array([5, 0, 6])
+    expected_ND = records[rows].reshape(3, 3, 3, 2, 2, 2).mean(axis=(3, 5)).reshape(3, -1)
+    told.clear()
+    np.testing.assert_allclose(of_blocks(records, 2)[rows], expected_ND, rtol=1e-15)
+    assert told == [2, 1] and of_blocks(records, 2)[:0].shape == (0, 18)
+
+
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 3, 4, 7]))
 def test_means_of_squares_lie_in_the_range_of_pixels(seed: int, side: int) -> None:
     """A sensitivity counts on it: of pixels that are, or nearly are, the largest, too."""

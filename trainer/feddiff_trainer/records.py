@@ -27,6 +27,7 @@ from .parquet_files import ParquetImages, open_parquet, parquet_shape
 from .stored import StoredImages, Told, digest_header, readable, unheard
 
 ROWS = 1024  # records at a time in passes over all of them
+READ_VALUES = 2**26  # of images that are averaged, at a time
 MOST_CLASSES = 1000  # that a dataset may declare
 Shape = tuple[int, int, int]
 
@@ -61,15 +62,24 @@ class Records:
 @dataclass(frozen=True)
 class BlockMeans(Records):
     """Records of which every pixel is the mean of a square of `side` × `side`: in [0, 1] as they are, rounded sums of n
-    numbers up to 1 being at most n."""
+    numbers up to 1 being at most n. Of images so large few are in memory at a time, and never as float64."""
 
     side: int = 1
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float64]:
-        pixels_ND = super().__getitem__(rows)
-        channels, height, width = self.pixels_NCHW.shape[1:]
-        squares = pixels_ND.reshape(-1, channels, height // self.side, self.side, width // self.side, self.side)
-        means_ND: NDArray[np.float64] = squares.mean(axis=(3, 5)).reshape(len(pixels_ND), -1)
+        rows_n = np.arange(len(self))[rows]
+        at_a_time = max(1, READ_VALUES // int(np.prod(self.pixels_NCHW.shape[1:])))
+        starts = range(0, max(len(rows_n), 1), at_a_time)
+        return np.concatenate([self._means(rows_n[start : start + at_a_time]) for start in starts])
+
+    def _means(self, rows_n: NDArray[np.int64]) -> NDArray[np.float64]:
+        picked = self.pixels_NCHW[rows_n]
+        self.told(len(picked))
+        channels, height, width = picked.shape[1:]
+        squares = picked.reshape(-1, channels, height // self.side, self.side, width // self.side, self.side)
+        white, dtype = (255, np.uint32) if picked.dtype == np.uint8 else (1, np.float64)
+        sums_ND = squares.sum(axis=(3, 5), dtype=dtype).reshape(len(picked), channels * height * width // self.side**2)
+        means_ND: NDArray[np.float64] = sums_ND / (white * self.side**2)
         return means_ND
 
 

@@ -16,6 +16,7 @@ from audited_run import CLIENT, COUNTS, HELD_OUT, UID, dataset, images_of, prepa
 from feddiff_protocol import layout
 from feddiff_protocol.api import Timeline
 from feddiff_protocol.errors import DataInvalid
+from feddiff_protocol.promise import schedule_of
 from feddiff_protocol.stages import SampleSpec
 from feddiff_trainer import audit, evaluate, trials
 from feddiff_trainer.denoisers import denoiser_bytes
@@ -105,6 +106,28 @@ def test_denoisers_that_know_the_distribution_alone_give_nothing_away(fresh: tup
     assert {each.verdict for each in models} == {Verdict.WITHIN, Verdict.NO_PROMISE}
     assert found.blind is not None and found.blind.low < 0.5 < found.blind.high
     assert all(each.third.value == 0 for each in found.copies)
+
+
+@pytest.mark.parametrize(("split", "told"), [(0.02, "SecMI"), (8.0, "SecMI, reversed")])
+def test_secmi_has_the_sign_that_finds_what_its_control_knows_by_heart(
+    fresh: tuple[Path, SampleSpec, Audit], split: float, told: str
+) -> None:
+    """A denoiser that knows twelve images by their labels, and nothing else, far above and below their distance."""
+    _, spec, _ = fresh
+    compared = audit.compare(spec, *records_of(spec))[0].few()
+    known_ND, labels_N = (torch.from_numpy(each) for each in (compared.members.pixels_ND, compared.members.labels_N))
+
+    def by_heart(y_BCHW: torch.Tensor, sigma_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
+        fit_BN = -torch.cdist(y_BCHW.flatten(1).double(), known_ND.double()).square() / (2 * sigma_B[:, None].square())
+        fit_BN[label_B[:, None] != labels_N] = -torch.inf
+        return (fit_BN.softmax(dim=1) @ known_ND.double()).view_as(y_BCHW).float()
+
+    control = audit.Control(by_heart, compared.members, compared)
+    schedule = schedule_of(spec.diffusion)
+    scores = audit.attacks_from(schedule.step_at_least(split) or 0, schedule)[audit.SECMI]
+    name, turned = audit.turned_by(control, audit.SECMI, scores)
+    assert name == told and control.area(turned) > 0.8
+    assert control.area(scores) == pytest.approx(control.area(turned) if name == "SecMI" else 1 - control.area(turned))
 
 
 def test_squares_are_not_reconstructed_and_the_audit_says_so(fresh: tuple[Path, SampleSpec, Audit]) -> None:

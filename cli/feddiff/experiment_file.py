@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +40,8 @@ from feddiff_protocol.stages import Seed
 from .documents import LocalDataset, LocalJob, load_documents, local_job, read_yaml
 from .plan_report import decimal_text
 
-SEED_MARK, EPSILON = "{seed}", "privacy.epsilon"
+SEED_MARK, CLIENTS_MARK = "{seed}", "{clients}"
+EPSILON, CLIENTS = "privacy.epsilon", "clients"
 SLUG_LENGTH = 80
 MOST_UNITS = 10_000
 
@@ -189,7 +190,7 @@ def load_experiment(file: Path) -> Experiment:
     spec = parse(ExperimentSpec, values[0], str(file))
     folder = file.resolve().parent
     job = spec.job if isinstance(spec.job, dict) else _job_document(folder / spec.job)
-    units = tuple(expand(spec, job, _datasets_by_seed(spec, folder), str(file)))
+    units = tuple(expand(spec, job, _datasets(spec, folder, str(file)), str(file)))
     for dataset in Experiment(file.stem, units).datasets:
         if dataset.source.holdout_path is None:
             raise SpecInvalid(
@@ -211,23 +212,39 @@ def _job_document(path: Path) -> dict[str, Any]:
     return jobs[0]
 
 
-def _datasets_by_seed(spec: ExperimentSpec, folder: Path) -> dict[int, tuple[LocalDataset, ...]]:
-    """The datasets are read once, unless their paths say {seed}."""
+def _datasets(spec: ExperimentSpec, folder: Path, where: str) -> dict[tuple[int, Any], tuple[LocalDataset, ...]]:
+    """By seed and number of clients, None where the grid has no numbers of them. Files are read once, unless their
+    paths say {seed} or {clients}. Raises SpecInvalid for a number of clients that is not that of the datasets."""
     read: dict[tuple[str, ...], tuple[LocalDataset, ...]] = {}
     found = {}
-    for seed in spec.seeds:
-        paths = tuple(path.replace(SEED_MARK, str(seed)) for path in spec.datasets)
+    for seed, count in itertools.product(spec.seeds, spec.grid.get(CLIENTS, (None,))):
+        marks = {SEED_MARK: str(seed), CLIENTS_MARK: str(count)}
+        paths = tuple(_marked(path, marks) for path in spec.datasets)
         if paths not in read:
             read[paths] = load_documents([folder / path for path in paths]).datasets
-        found[seed] = read[paths]
+        if count is not None and (type(count) is not int or len(read[paths]) != count):
+            raise SpecInvalid(
+                f"{where}: grid: clients: expected the number of datasets, {len(read[paths])} in {', '.join(paths)},"
+                f" found {_text(count)}; let paths say {CLIENTS_MARK}"
+            )
+        found[seed, count] = read[paths]
     return found
+
+
+def _marked(path: str, marks: Mapping[str, str]) -> str:
+    for mark, value in marks.items():
+        path = path.replace(mark, value)
+    return path
 
 
 # ---- The grid ---------------------------------------------------------------------------------------------------
 
 
 def expand(
-    spec: ExperimentSpec, job: Mapping[str, Any], datasets: Mapping[int, Iterable[LocalDataset]], where: str
+    spec: ExperimentSpec,
+    job: Mapping[str, Any],
+    datasets: Mapping[tuple[int, Any], Sequence[LocalDataset]],
+    where: str,
 ) -> Iterator[Unit]:
     """Every unit, seed by seed, so that a first comparison is complete as soon as it can be.
 
@@ -242,7 +259,7 @@ def expand(
     arms = sorted(((arm, _arm_taken(arm, spec.arms, where)) for arm in spec.arms), key=lambda pair: pair[1] is not None)
     known = set()
     for seed, cell, (arm, taken) in itertools.product(spec.seeds, cells, arms):
-        local = _job_of(taken or arm, cell, job, datasets[seed], where)
+        local = _job_of(taken or arm, cell, job, datasets[seed, cell.get(CLIENTS)], where)
         _check_pooled(arm, local, where)
         _check_dp_sgd(arm, local, where)
         unit = Unit(
@@ -346,9 +363,14 @@ def _overlap(field: str, path: str) -> bool:
     return _is_within(field, path) or _is_within(path, field)
 
 
-def _job_of(arm: ArmSpec, cell: Cell, job: Mapping[str, Any], datasets: Iterable[LocalDataset], where: str) -> LocalJob:
+def _job_of(arm: ArmSpec, cell: Cell, job: Mapping[str, Any], datasets: Sequence[LocalDataset], where: str) -> LocalJob:
+    """The arm's job in a cell; where the grid has numbers of clients, every dataset is one, called by its namespace."""
     named = ", ".join([f"{where}: arm {arm.called}", *(f"{field}={_text(value)}" for field, value in cell.items())])
-    document = with_fields(job, {**cell, **arm.set}, named)
+    fields = {**cell, **arm.set}
+    if CLIENTS in cell:
+        names = [(each.document.metadata.namespace, each.document.metadata.name) for each in datasets]
+        fields[CLIENTS] = [{"name": owner, "dataset": {"namespace": owner, "name": name}} for owner, name in names]
+    document = with_fields(job, fields, named)
     metadata = document.get("metadata")
     if isinstance(metadata, Mapping):
         document["metadata"] = {**metadata, "name": f"{metadata.get('name')}-{arm.called}"}

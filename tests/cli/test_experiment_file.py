@@ -70,6 +70,27 @@ def test_a_seed_may_have_a_split_of_its_own(world: Any) -> None:
     assert len(load_experiment(file).datasets) == 4
 
 
+def test_the_number_of_clients_may_be_an_axis(world: Any) -> None:
+    """Every dataset of a split is a client then, whatever clients the job names."""
+    file = world.experiment_file(datasets=["of-{clients}/owners.yaml"], grid={"clients": [1, 2]}, seeds=[0, 1])
+    documents = list(yaml.safe_load_all((world.path / "owners.yaml").read_text()))
+    for count in (1, 2):
+        (world.path / f"of-{count}").mkdir()
+        (world.path / f"of-{count}" / "owners.yaml").write_text(yaml.safe_dump_all(documents[:count]))
+    experiment = load_experiment(file)
+    assert [unit.cell for unit in experiment.units] == [{"clients": 1}, {"clients": 2}] * 2
+    assert [[each.name for each in unit.job.document.spec.clients] for unit in experiment.units[:2]] == [
+        [document["metadata"]["namespace"] for document in documents[:count]] for count in (1, 2)
+    ]
+    assert len({unit.asked for unit in experiment.units}) == 4
+
+
+@pytest.mark.parametrize("counts", [[1], ["2"], [2.0], [True]])
+def test_a_number_of_clients_that_is_not_that_of_the_datasets_is_refused(world: Any, counts: list[Any]) -> None:
+    with pytest.raises(SpecInvalid, match=r"clients: expected the number of datasets, 2 in owners\.yaml, found"):
+        loaded(world, grid={"clients": counts})
+
+
 def test_what_is_asked_for_differs_with_whatever_changes_a_figure(world: Any) -> None:
     units = loaded(
         world,

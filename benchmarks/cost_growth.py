@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from data_loading import highest_memory
+from measuring import highest_memory
 
 from feddiff.experiment import commit, cpu_model
 

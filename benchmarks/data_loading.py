@@ -27,6 +27,7 @@ os.environ["MKL_NUM_THREADS"] = "1"
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from measuring import highest_memory
 from PIL import Image
 
 from feddiff.experiment import commit, cpu_model
@@ -204,15 +205,6 @@ def releasing(folder: Path, mechanism: str, num_records: int) -> dict[str, objec
         "peak_mebibytes": highest,
         "progress_lines": len(told),
     }
-
-
-def highest_memory(process: int | str) -> int:
-    """MiB so far, by /proc: what getrusage says begins with the memory of the process that started this one."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0  # it has ended
-    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 if __name__ == "__main__":

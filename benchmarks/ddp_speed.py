@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from release_speed import spread
+from measuring import spread
 
 from feddiff.experiment import commit, cpu_model
 from feddiff_protocol.api import ImageSpec, parse

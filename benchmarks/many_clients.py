@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from data_loading import highest_memory
+from measuring import highest_memory
 
 from feddiff.experiment import commit, cpu_model
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from release_speed import spread
+from measuring import spread
 
 from feddiff.engine import Setting, run_job
 from feddiff.experiment import commit, cpu_model

@@ -17,13 +17,10 @@ import argparse
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +30,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
 import numpy as np
+from measuring import Work, in_a_process, spread
 from safetensors.numpy import save_file
 from scipy import special
 
@@ -52,7 +50,6 @@ MOST_MEMORY = 2 << 30  # bytes, more than any run takes
 
 Cells = dict[str, np.ndarray]
 Release = Callable[[Records, np.ndarray, Normals, Entropy], Cells]  # records, order_N and noise to what leaves
-Work = Callable[[], object]
 
 
 def main() -> None:
@@ -242,30 +239,6 @@ def timed(prepare: Callable[[], Work]) -> tuple[float, float, int]:
     return in_a_process(prepare)
 
 
-def in_a_process(prepare: Callable[[], Work]) -> tuple[float, float, int]:
-    """Wall and processor seconds of the work in a process of its own, and its peak beyond the memory it began with, in
-    bytes."""
-    context = multiprocessing.get_context("fork")  # which starts with what is in memory here
-    here, there = context.Pipe(duplex=False)
-
-    def run() -> None:
-        work, began_with = prepare(), highest_memory()
-        wall, cpu = time.perf_counter(), time.process_time()
-        work()
-        there.send((time.perf_counter() - wall, time.process_time() - cpu, highest_memory() - began_with))
-
-    process = context.Process(target=run)
-    process.start()
-    there.close()
-    taken = here.recv()
-    process.join()
-    return taken
-
-
-def highest_memory() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def print_row(mechanism: str, way: str, side: int, runs: list[tuple[float, float, int]]) -> None:
     wall, cpu, peaks = zip(*runs, strict=True)
     row = {
@@ -287,14 +260,6 @@ def print_row(mechanism: str, way: str, side: int, runs: list[tuple[float, float
         "command": f"python {' '.join(sys.argv)}",
     }
     print(json.dumps(row), flush=True)
-
-
-def spread(seconds: tuple[float, ...]) -> dict[str, float]:
-    return {
-        "min": round(min(seconds), 3),
-        "median": round(statistics.median(seconds), 3),
-        "max": round(max(seconds), 3),
-    }
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from release_speed import in_a_process
+from measuring import in_a_process
 from time_to_quality import digits
 from torch import Tensor
 

@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from release_speed import spread
+from measuring import spread
 
 from feddiff.experiment import commit, cpu_model
 from feddiff_protocol.api import ImageSpec, Mechanism

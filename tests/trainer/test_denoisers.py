@@ -177,6 +177,16 @@ def test_a_denoisers_size_is_known_before_it_is_fetched_and_not_much_overestimat
         assert len(denoiser_bytes(pool)) <= most_bytes("gaussian", config) < 2.5 * len(denoiser_bytes(pool))
 
 
+def test_a_gaussian_of_squares_comes_back_as_one_and_is_known_to_be_small() -> None:
+    squares = ClassGaussian(torch.zeros(3, 16).double(), torch.eye(16).double().expand(3, 16, 16), block_side=2)
+    data = denoiser_bytes(squares)
+    assert len(data) <= most_bytes("gaussian", CONFIG, 2) < most_bytes("gaussian", CONFIG) / 8
+    read = denoiser_from_bytes(data, "shared", CONFIG, 2)
+    assert isinstance(read, ClassGaussian) and read.block_side == 2
+    with pytest.raises(DataInvalid, match="means_KD of shape"):
+        denoiser_from_bytes(data, "shared", CONFIG)
+
+
 def allocated(work: Callable[[], object]) -> int:
     """Bytes of all tensors that `work` makes."""
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:

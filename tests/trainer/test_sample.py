@@ -155,7 +155,7 @@ def test_a_shared_denoiser_is_not_read_to_its_end_if_it_is_larger_than_the_jobs_
 
 def test_a_reader_without_a_limit_would_read_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: what is wrong is found when everything is in memory."""
-    monkeypatch.setattr(sample, "most_bytes", lambda kind, config: 1 << 40)
+    monkeypatch.setattr(sample, "most_bytes", lambda kind, config, block_side: 1 << 40)
     spec = with_shared(prepared(tmp_path, network={"baseWidth": 16}), bytes(16 << 20))
     with pytest.raises(DataInvalid, match="expected a denoiser of format"):
         sample.read_shared(spec)

@@ -332,24 +332,26 @@ def model_findings(spec: SampleSpec, compared: Compared, models: Models, control
         first_step = promise.split_step if target is Target.SHARED else 1
         attacks = attacks_from(first_step, schedule) if target in targets else {}
         for name, scores in attacks.items():
-            name, scores = turned_by(control, name, scores)
+            name, scores, control_area = turned_by(control, name, scores)
             scores_N = scores(models.of(target, promise.split_sigma), compared.images, compared.labels)
-            findings += both_groups(target, name, compared, scores_N, promise, control.area(scores))
+            findings += both_groups(target, name, compared, scores_N, promise, control_area)
         arm = models.samples.images[target.value]
         scores_N = nearest_to(compared, ImageSet(to_model_units(arm), models.samples.labels_N))
         findings += both_groups(target, NEAREST, compared, scores_N, promise, control.nearest_area())
     return findings
 
 
-def turned_by(control: "Control", name: str, scores: Scores) -> tuple[str, Scores]:
-    """SecMI with the sign that finds the control's members, as whoever tries it on a model of their own would have it.
+def turned_by(control: "Control", name: str, scores: Scores) -> tuple[str, Scores, float]:
+    """The attack and its area on the control; SecMI with the sign that finds the control's members, as whoever tries it
+    on a model of their own would have it.
 
     Far above the records' distance from each other, a denoiser that knows them by heart bends most at the records
     themselves: there the larger t-error is theirs.
     """
-    if name != SECMI or control.area(scores) >= 0.5:
-        return name, scores
-    return f"{name}, reversed", lambda denoise, x, label: -scores(denoise, x, label)
+    area = control.area(scores)
+    if name != SECMI or area >= 0.5:
+        return name, scores, area
+    return f"{name}, reversed", lambda denoise, x, label: -scores(denoise, x, label), 1 - area
 
 
 def asked_for_noise(spec: SampleSpec) -> tuple[Target, ...]:

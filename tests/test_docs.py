@@ -249,7 +249,7 @@ def test_audit_keys_are_on_the_page() -> None:
         samples_sha256="a" * 64,
         finished_at="",
         findings=(finding,),
-        one_run=(one_run_of("a", np.zeros(20), np.zeros(20, np.bool_), 1.0, 1e-5),),
+        one_run=(one_run_of(Target.UPLOAD, "a", np.zeros(20), np.zeros(20, np.bool_), 1.0, 1e-5, 1.0),),
         reconstruction=Reconstruction(
             records=1,
             nearer=estimate,

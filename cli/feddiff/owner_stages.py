@@ -240,8 +240,9 @@ AUDIT_COLUMNS = ("target", "attack", "records", "AUC", "bound", "found at 1 %", 
 def audit_lines(answer: dict[str, Any]) -> list[str]:
     """What follows the table."""
     lines = [
-        "one run, {attack}: {correct} of {guesses} guesses right, ε ≥ {epsilonLow:.2f} per image at δ = {delta:g} and"
-        " k = 1 release; bound {epsilonBound:.2f}, could show {ceiling:.2f}: {verdict}".format(**each)
+        "one run on {target}, {attack}: {correct} of {guesses} guesses right, ε ≥ {epsilonLow:.2f} per image at"
+        " δ = {delta:g} and k = 1 release; bound {epsilonBound:.2f}, could show {ceiling:.2f}, control"
+        " {controlAuc:.2f}: {verdict}".format(**each)
         for each in answer["oneRun"]
     ]
     if rebuilt := answer.get("reconstruction"):
@@ -271,7 +272,8 @@ def attacks_above(answer: dict[str, Any]) -> list[str]:
         if each["verdict"] == ABOVE
     ]
     found += [
-        f"one run, {each['attack']}: ε ≥ {each['epsilonLow']:.2f} per image, bound {each['epsilonBound']:.2f}"
+        f"one run on {each['target']}, {each['attack']}: ε ≥ {each['epsilonLow']:.2f} per image, bound"
+        f" {each['epsilonBound']:.2f}"
         for each in answer["oneRun"]
         if each["verdict"] == ABOVE
     ]

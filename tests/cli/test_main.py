@@ -434,7 +434,16 @@ FINDING = {
     "controlAuc": 1.0,
     "verdict": "within its bound",
 }
-ONE_RUN = {"attack": "a", "canaries": 1000, "guesses": 100, "correct": 100, "epsilonLow": 2.5, "ceiling": 2.5}
+ONE_RUN = {
+    "target": "upload",
+    "controlAuc": 1.0,
+    "attack": "a",
+    "canaries": 1000,
+    "guesses": 100,
+    "correct": 100,
+    "epsilonLow": 2.5,
+    "ceiling": 2.5,
+}
 ONE_RUN |= {"epsilonBound": 2.0, "delta": 1e-5, "verdict": "above its bound"}
 AUDIT = {
     "findings": [FINDING],
@@ -483,7 +492,7 @@ def test_an_attack_above_its_bound_ends_with_77_after_the_whole_answer(
     code, out, err = feddiff("audit", world.path / "run", "--client", "a", "--json")
     assert (code, len(json.loads(out)["clients"]["a"]["findings"])) == (77, 2)
     assert "client a: matched filter on upload: AUC 0.841, bound 0.842: a bug of ours" in err
-    assert "client a: one run, a: ε ≥ 2.50 per image, bound 2.00: a bug of ours" in err
+    assert "client a: one run on upload, a: ε ≥ 2.50 per image, bound 2.00: a bug of ours" in err
 
 
 def test_audit_wants_a_finished_run_and_a_known_client(feddiff: Any, world: Any) -> None:

@@ -18,7 +18,7 @@ from feddiff_protocol.api import Timeline
 from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.promise import schedule_of
 from feddiff_protocol.stages import SampleSpec
-from feddiff_trainer import audit, evaluate, trials
+from feddiff_trainer import audit, evaluate, one_run, trials
 from feddiff_trainer.denoisers import denoiser_bytes
 from feddiff_trainer.findings import Audit, Target, Verdict, export_refusals
 from feddiff_trainer.noise import Normals
@@ -36,6 +36,7 @@ def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trials, "TRIALS", 1000)
         patch.setattr(audit, "CONTROL_IMAGES", 12_800)
+        patch.setattr(one_run, "LARGEST_RELEASE", 201)
         patch.setattr(evaluate, "read_holdout", lambda *_: None)  # quality is not measured here
         yield
     torch.set_num_threads(threads)
@@ -148,7 +149,8 @@ def test_a_release_gives_little_of_an_image_back_and_next_to_no_noise_all_of_it(
     assert rebuilt.nearer.low < rebuilt.nearer_bound and rebuilt.control_nearer > 0.95
     assert -0.2 < rebuilt.gain_db < 1 and rebuilt.control_gain_db > 10
     assert abs(rebuilt.ssim - rebuilt.guess_ssim) < 0.1 and rebuilt.control_ssim > 0.9
-    assert [each.verdict for each in found.one_run] == [Verdict.WITHIN] * 2
+    assert [each.target for each in found.one_run] == [Target.UPLOAD, Target.UPLOAD, Target.SHARED]
+    assert all(each.control_auc > 0.95 and each.verdict is Verdict.WITHIN for each in found.one_run)
 
 
 def test_a_personal_denoiser_that_knows_its_records_by_heart_is_found_by_every_attack(memorised: Audit) -> None:
@@ -163,8 +165,9 @@ def test_a_personal_denoiser_that_knows_its_records_by_heart_is_found_by_every_a
 def test_too_little_noise_turns_the_audit_red(fresh: tuple[Path, SampleSpec, Audit]) -> None:
     """By a third, at a thousand trials; test_trials has a tenth."""
     _, spec, _ = fresh
-    assert {each.verdict for each in audit.upload_findings(spec, seeded())} == {Verdict.WITHIN}
-    assert {each.verdict for each in audit.upload_findings(spec, seeded(0.67))} == {Verdict.ABOVE}
+    released = audit.release_spec_of(spec)
+    assert {each.verdict for each in audit.upload_findings(released, seeded())} == {Verdict.WITHIN}
+    assert {each.verdict for each in audit.upload_findings(released, seeded(0.67))} == {Verdict.ABOVE}
 
 
 # ---- Who is compared -------------------------------------------------------------------------------------------

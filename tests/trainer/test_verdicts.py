@@ -131,12 +131,12 @@ def test_a_thousand_guesses_that_are_all_right_show_the_ceiling_that_is_known() 
 def test_one_run_of_a_gaussian_mechanism_stays_below_its_epsilon_and_without_noise_reaches_the_ceiling() -> None:
     rng, mu = np.random.default_rng(3), 2.0
     second_N = rng.integers(0, 2, 1000) == 1
-    noised = one_run_of("a", mu * second_N + rng.standard_normal(1000), second_N, 10.0, 1e-5)
+    noised = one_run_of(Target.UPLOAD, "a", mu * second_N + rng.standard_normal(1000), second_N, 10.0, 1e-5, 1.0)
     assert 1 < noised.epsilon_low < noised.ceiling < noised.epsilon_bound and noised.verdict is Verdict.WITHIN
-    clean = one_run_of("a", second_N + 1e-9 * rng.standard_normal(1000), second_N, 1.0, 1e-5)
+    clean = one_run_of(Target.UPLOAD, "a", second_N + 1e-9 * rng.standard_normal(1000), second_N, 1.0, 1e-5, 0.5)
     assert clean.epsilon_low == clean.ceiling and clean.verdict is Verdict.ABOVE
-    wrong = one_run_of("a", -mu * second_N + rng.standard_normal(1000), second_N, 10.0, 1e-5)
-    assert wrong.epsilon_low == 0  # a wrong sign shows nothing
+    wrong = one_run_of(Target.UPLOAD, "a", -mu * second_N + rng.standard_normal(1000), second_N, 10.0, 1e-5, 0.79)
+    assert wrong.epsilon_low == 0 and wrong.verdict is Verdict.SILENT  # a wrong sign shows nothing, on the control too
 
 
 # ---- May it be passed on? ----------------------------------------------------------------------------------------

@@ -13,12 +13,10 @@ Shapes: N records, C channels, H height, W width.
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from feddiff_protocol import accountant, layout
+from feddiff_protocol import layout
 from feddiff_protocol.api import Mechanism, Timeline
 from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.promise import Promise, promise_of, schedule_of
@@ -42,9 +40,10 @@ from .denoising import ClassGaussian, Denoise, log_normal_sigmas
 from .drawing import draw_alone, drawing_of
 from .evaluate import image_set, minority_of, rewrite_report, to_model_units
 from .evaluation import ARMS
-from .findings import Audit, Copies, Estimate, Finding, OneRun, Reconstruction, Target, export_refusals
+from .findings import Audit, Copies, Estimate, Finding, Reconstruction, Target, export_refusals
 from .metrics import ImageSet, nearest_distance
 from .noise import Float64, Normals, os_entropy_normals
+from .one_run import one_run_of_shared, one_run_of_upload
 from .pictures import LabelledImages, read_samples
 from .reconstruction import gain_db, nearer_bound, prior_of, reconstructed, structural_similarity
 from .records import Records, digest_records, read_holdout, read_source
@@ -54,7 +53,7 @@ from .stores import Store, open_store
 from .train_personal import initial_denoiser
 from .train_shared import EMA_WIDTH, SIGMA_DATA, image_shape
 from .training import distributed, train
-from .trials import LARGEST_RELEASE, MOST_VALUES, canaries, parts_of, trials
+from .trials import LARGEST_RELEASE, MOST_VALUES, parts_of, trials, without_privacy
 from .verdicts import (
     area_interval,
     area_under_curve,
@@ -62,7 +61,6 @@ from .verdicts import (
     bound_of_part,
     finding_of,
     judge,
-    one_run_of,
     share_interval,
 )
 
@@ -97,8 +95,10 @@ def audit(spec: SampleSpec, owner_store: Store, records: Records, normals: Norma
     """Every attack on the four targets; without held-out records on the upload alone."""
     personal_key, samples_key = (at(spec.job.uid, spec.client) for at in (layout.personal_denoiser, layout.samples))
     personal, sampled = owner_store.get(personal_key), owner_store.get(samples_key)
-    findings, copied, notes = upload_findings(spec, normals), list[Copies](), list[str]()
-    report(0.2)
+    released = release_spec_of(spec)
+    findings, copied, notes = upload_findings(released, normals), list[Copies](), list[str]()
+    runs = one_run_of_upload(released, normals)
+    runs += one_run_of_shared(spec, released, normals, lambda share: report(0.1 + 0.3 * share))
     blind, rebuilt, holdout = None, None, read_holdout(spec.source, spec.image, spec.classes)
     if holdout is None:
         notes.append(
@@ -115,7 +115,7 @@ def audit(spec: SampleSpec, owner_store: Store, records: Records, normals: Norma
         if reconstructs(spec):
             prior = prior_of(image_set(holdout, evaluate_spec_of(spec)), spec.classes.count)
             rebuilt = reconstruct(spec, compared, prior, normals)
-        control = memorised(spec, compared.few(), lambda share: report(0.2 + 0.6 * share))
+        control = memorised(spec, compared.few(), lambda share: report(0.4 + 0.5 * share))
         findings += model_findings(spec, compared, models, control)
         copied = [copies_of(target, models.samples, records, holdout, spec) for target in MODELS]
         blind = blind_area(spec, compared)
@@ -128,7 +128,7 @@ def audit(spec: SampleSpec, owner_store: Store, records: Records, normals: Norma
         samples_sha256=hashlib.sha256(sampled).hexdigest(),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         findings=tuple(findings),
-        one_run=tuple(one_run_audits(spec, normals)),
+        one_run=tuple(runs),
         reconstruction=rebuilt,
         copies=tuple(copied),
         blind=blind,
@@ -139,26 +139,15 @@ def audit(spec: SampleSpec, owner_store: Store, records: Records, normals: Norma
 # ---- The upload ------------------------------------------------------------------------------------------------
 
 
-def upload_findings(spec: SampleSpec, normals: Normals) -> list[Finding]:
+def upload_findings(released: ReleaseSpec, normals: Normals) -> list[Finding]:
     """The best test on fresh releases of made-up images at the worst pair: the promise, as this code keeps it."""
-    promise, released = promise_of(spec.privacy, spec.diffusion), release_spec_of(spec)
+    promise = promise_of(released.privacy, released.diffusion)
     findings, (careless, share) = [], without_privacy(released, promise)
     for part, control in zip(parts_of(released), parts_of(careless), strict=True):
         bound = bound_of(promise) if part.mu is None else bound_of_part(part.mu)
         control_auc = area_under_curve(*trials(careless, control, lambda shape: share * normals(shape)))
         findings.append(finding_of(Target.UPLOAD, part.attack, *trials(released, part, normals), bound, control_auc))
     return findings
-
-
-def one_run_audits(spec: SampleSpec, normals: Normals) -> list[OneRun]:
-    """One release of a thousand canaries, by the same code: what the surest guesses say of its ε."""
-    released, delta, audits = release_spec_of(spec), float(spec.privacy.delta_or_zero), []
-    for part in parts_of(released):
-        second_N = np.frombuffer(os.urandom(LARGEST_RELEASE), np.uint8) % 2 == 1
-        scores_N = canaries(released, part, second_N, normals)
-        epsilon = float(spec.privacy.epsilon) if part.mu is None else accountant.epsilon_of(part.mu, delta)
-        audits.append(one_run_of(part.attack, scores_N, second_N, epsilon, delta))
-    return audits
 
 
 def reconstructs(spec: SampleSpec) -> bool:
@@ -205,17 +194,6 @@ def release_spec_of(spec: SampleSpec) -> ReleaseSpec:
     """The spec of this run's release, under a name that no ledger knows: its trials are never written anywhere."""
     shared = ReleaseSpec.model_fields.keys() & SampleSpec.model_fields.keys() - {"stage"}
     return ReleaseSpec(**{name: getattr(spec, name) for name in shared}, release=f"prl-{'0' * 40}")
-
-
-def without_privacy(
-    spec: ReleaseSpec, promise: Promise, mu: float = 10, epsilon: int = 20
-) -> tuple[ReleaseSpec, float]:
-    """The same mechanism without privacy to speak of, and the share of its noise that is drawn: for this μ or, of
-    `privunit`, whose cap is for this ε, all of it."""
-    if promise.mu is None:
-        privacy = spec.privacy.model_copy(update={"epsilon": Decimal(epsilon)})
-        return spec.model_copy(update={"privacy": privacy}), 1.0
-    return spec, min(1.0, promise.mu / mu)
 
 
 def next_of_class(labels_N: npt.NDArray[np.integer[Any]]) -> Rows:

@@ -83,19 +83,20 @@ def _share(estimate: Estimate) -> str:
 def _one_run(runs: Sequence[OneRun]) -> Html:
     lines = [
         [
-            run.attack,
+            f"{TITLES[run.target]}: {run.attack}",
             f"{run.correct:,} of {run.guesses:,}",
             f"{run.epsilon_low:.2f}",
             f"{run.epsilon_bound:.2f}",
             f"{run.ceiling:.2f}",
+            f"{run.control_auc:.2f}",
             element("td", run.verdict.value, cls=f"text {MARKS.get(run.verdict, '')}".strip()),
         ]
         for run in runs
     ]
     return table(
-        f"One release of {runs[0].canaries:,} made-up images, each one of two by a fair coin: ε per image at "
+        f"One release of up to {runs[0].canaries:,} made-up images, each one of two by a fair coin: ε per image at "
         f"δ = {runs[0].delta:g}, k = 1 release, that the surest guesses show",
-        ["", "Right guesses", "ε at least", "bound", "most it could show", "Verdict"],
+        ["", "Right guesses", "ε at least", "bound", "most it could show", "Control", "Verdict"],
         rows(lines),
         text=["Verdict"],
     )

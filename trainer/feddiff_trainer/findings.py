@@ -74,8 +74,10 @@ class Copies(Wire):
 
 class OneRun(Wire):
     """Canaries, each one of two images by a fair coin, in one release: how many of the surest guesses were right, and
-    the ε that so many take. `ceiling`: the most that so many guesses could have shown."""
+    the ε that so many take. `ceiling`: the most that so many guesses could have shown. The shared denoiser is one that
+    was trained on such a release alone."""
 
+    target: Literal[Target.UPLOAD, Target.SHARED]
     attack: str
     canaries: int
     guesses: int
@@ -84,6 +86,7 @@ class OneRun(Wire):
     ceiling: float
     epsilon_bound: float
     delta: float
+    control_auc: float
     verdict: Verdict
 
 
@@ -126,7 +129,7 @@ class Audit(Wire):
     def above(self) -> list[str]:
         """The attacks that did better than the release's charge allows."""
         runs = [
-            f"{TITLES[Target.UPLOAD]}, one run, {each.attack}" for each in self.one_run if each.verdict is Verdict.ABOVE
+            f"{TITLES[each.target]}, one run, {each.attack}" for each in self.one_run if each.verdict is Verdict.ABOVE
         ]
         if self.reconstruction is not None and self.reconstruction.verdict is Verdict.ABOVE:
             runs.append(f"{TITLES[Target.UPLOAD]}, reconstruction")

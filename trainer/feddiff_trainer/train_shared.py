@@ -4,7 +4,9 @@ import hashlib
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +45,8 @@ def body(spec: TrainSharedSpec) -> dict[str, str]:
             releases = releases_of(spec, store, spec.num_classes, world)
         tell_gpu_memory(world.device)
         checkpoints = Checkpoints(store, layout.shared_checkpoints(spec.job.uid))
-        denoiser = shared_denoiser(spec, releases, world, checkpoints)
+        show = partial(show_progress_and_loss, batch=spec.shared.batch)
+        denoiser = shared_denoiser(spec, releases, world, show, checkpoints)
         if world.rank != 0:
             return {}
         weights = denoiser_bytes(denoiser)
@@ -53,7 +56,11 @@ def body(spec: TrainSharedSpec) -> dict[str, str]:
 
 
 def shared_denoiser(
-    spec: TrainSharedSpec, releases: Releases, world: World, checkpoints: Checkpoints | None = None
+    spec: TrainSharedSpec,
+    releases: Releases,
+    world: World,
+    on_progress: Callable[[Progress], None],
+    checkpoints: Checkpoints | None = None,
 ) -> nn.Module:
     """The shared denoiser: trained, or the pooled Gaussian's own where the job asks for the closed form."""
     if spec.shared.denoiser == "closedForm":
@@ -69,7 +76,7 @@ def shared_denoiser(
         learning_rate=float(spec.shared.learning_rate),
         ema_width=EMA_WIDTH,
         seed=spec.seed_or_zero,
-        on_progress=lambda progress: show_progress_and_loss(progress, spec.shared.batch),
+        on_progress=on_progress,
         on_checkpoint=lambda: tell(CHECKPOINT, time.time()),
         checkpoints=checkpoints,
         accumulation=spec.shared.accumulation,

@@ -7,6 +7,7 @@ Shapes: T trials, D values of one image, M = D·(D + 1)/2 packed values of a sym
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 
@@ -144,6 +145,17 @@ def _image_of(num_values: float, image: ImageSpec) -> ImageSpec:
 
 
 # ---- Released again and again ----------------------------------------------------------------------------------------
+
+
+def without_privacy(
+    spec: ReleaseSpec, promise: Promise, mu: float = 10, epsilon: int = 20
+) -> tuple[ReleaseSpec, float]:
+    """The same mechanism without privacy to speak of, and the share of its noise that is drawn: for this μ or, of
+    `privunit`, whose cap is for this ε, all of it."""
+    if promise.mu is None:
+        privacy = spec.privacy.model_copy(update={"epsilon": Decimal(epsilon)})
+        return spec.model_copy(update={"privacy": privacy}), 1.0
+    return spec, min(1.0, promise.mu / mu)
 
 
 def trials(spec: ReleaseSpec, part: Part, normals: Normals) -> tuple[Float64, Float64]:

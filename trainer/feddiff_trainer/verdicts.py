@@ -129,14 +129,24 @@ def judge(
 # ---- One run -----------------------------------------------------------------------------------------------------
 
 
-def one_run_of(attack: str, scores_N: Float64, second_N: np.ndarray, epsilon: float, delta: float) -> OneRun:
+def one_run_of(
+    target: Literal[Target.UPLOAD, Target.SHARED],
+    attack: str,
+    scores_N: Float64,
+    second_N: np.ndarray,
+    epsilon: float,
+    delta: float,
+    control_auc: float,
+) -> OneRun:
     """What the guesses on one release show. The surest GUESSED of them count, the others abstain: about the middle of
     all scores, the half above is guessed to be the second image."""
     centred_N = scores_N - np.median(scores_N)
     surest = np.argsort(-np.abs(centred_N), kind="stable")[: max(1, round(GUESSED * len(scores_N)))]
     correct, size = int(((centred_N > 0) == second_N)[surest].sum()), len(scores_N)
     low = one_run_epsilon(size, len(surest), correct, delta)
+    silent = Verdict.SILENT if control_auc < FIRES else Verdict.WITHIN
     return OneRun(
+        target=target,
         attack=attack,
         canaries=size,
         guesses=len(surest),
@@ -145,7 +155,8 @@ def one_run_of(attack: str, scores_N: Float64, second_N: np.ndarray, epsilon: fl
         ceiling=one_run_epsilon(size, len(surest), len(surest), delta),
         epsilon_bound=epsilon,
         delta=delta,
-        verdict=Verdict.ABOVE if low > epsilon else Verdict.WITHIN,
+        control_auc=control_auc,
+        verdict=Verdict.ABOVE if low > epsilon else silent,
     )
 
 

@@ -31,7 +31,7 @@ from .trials import LARGEST_RELEASE, MOST_VALUES, Part, canaries, parts_of, with
 from .verdicts import area_under_curve, one_run_of
 
 FEWEST_CANARIES = 50  # of fewer no guesses show an ε worth the name
-TRAINED_IMAGES, TRAINED_BATCH = 32_000, 64  # of the shared denoiser of canaries: each is seen 32 times
+TRAINED_IMAGES, TRAINED_BATCH = 16_000, 64  # of the shared denoiser of canaries: each is seen 16 times
 LOST = 10.0  # σ at which an image in [-1, 1] is lost in noise: a denoiser says what it knows by the label
 DRAWS, SEED = 8, 0  # of the attack's own noise, in which nothing is protected
 

@@ -1,11 +1,12 @@
 """What one job moves between each owner and the federation, beside what FedAvg would move for the same network.
 
-    python benchmarks/bytes_moved.py [--image-steps 2560]
+    python benchmarks/bytes_moved.py [--clients 10 32 128] [--image-steps 2560]
 
-The owners, records and jobs of examples/digits, every stage run once, in this process. Each object that an owner's
-stages hand to the federation's store or take from it is counted each time it crosses; what stays between an owner and
-its own store is not. The length of training moves nothing, so it is cut. FedAvg sends the network's float32 weights to
-every client and takes them back, once a round. One JSON row per mechanism.
+The jobs of examples/digits, with its three owners or with so many clients to whom `feddiff split` deals all 1,797
+digits; every stage run once, in this process. Each object that an owner's stages hand to the federation's store or take
+from it is counted each time it crosses; what stays between an owner and its own store is not. The length of training
+moves nothing, so it is cut. FedAvg sends the network's float32 weights to every client and takes them back, once a
+round. One JSON row per number of clients and mechanism.
 """
 
 import argparse
@@ -17,10 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from sklearn.datasets import load_digits
 
 from feddiff.documents import LocalJob, load_job
 from feddiff.experiment import commit
+from feddiff.split import split_data
 from feddiff_protocol import layout
 from feddiff_protocol.api import PrivateDataset
 from feddiff_protocol.stages import (
@@ -41,6 +45,7 @@ from make_digits import main as make_digits
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"
 UID = "uid-00000001"
+MECHANISMS = ("summary", "gaussian")
 STAGES = (release, train_shared, train_personal, sample, evaluate)
 # FedAvg on Fashion-MNIST with 12 clients of 3 local epochs: Tun et al., "Federated Learning with Diffusion Models for
 # Privacy-Sensitive Vision Tasks", ATC 2023; "rounds" in diffusion_fedavg.ipynb of YLTun/federated_diffusion_model.
@@ -138,40 +143,77 @@ def shortened(job: LocalJob, image_steps: int) -> LocalJob:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, nargs="+", default=[3])
     parser.add_argument("--image-steps", type=int, default=2560)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_digits(folder)
-        (folder / "owners.yaml").write_bytes((EXAMPLE / "owners.yaml").read_bytes())
-        for mechanism in ("summary", "gaussian"):
-            job = shortened(load_job([folder / "owners.yaml", EXAMPLE / f"{mechanism}.yaml"]), arguments.image_steps)
-            print_row(mechanism, job, traffic_of(job, folder / mechanism))
+    for clients in arguments.clients:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            make_digits(folder)
+            (folder / "owners.yaml").write_bytes((EXAMPLE / "owners.yaml").read_bytes())
+            jobs = {name: load_job([folder / "owners.yaml", EXAMPLE / f"{name}.yaml"]) for name in MECHANISMS}
+            dealt = deal(folder, clients) if clients != 3 else None
+            for mechanism, job in jobs.items():
+                job = shortened(job if dealt is None else among(dealt, job), arguments.image_steps)
+                print_row(mechanism, job, traffic_of(job, folder / mechanism))
+
+
+def deal(folder: Path, clients: int) -> LocalJob:
+    """A job of so many clients."""
+    digits = load_digits()
+    np.savez(folder / "all.npz", images=(digits.images / 16).astype(np.float32), labels=digits.target)
+    split_data(
+        folder / "all.npz",
+        folder / "split",
+        num_clients=clients,
+        labels=None,
+        majority=None,
+        minority_records=0,
+        dirichlet=None,
+        holdout="0",  # measuring quality moves nothing and takes long
+        seed=0,
+    )
+    return load_job([folder / "split/owners.yaml", folder / "split/job.yaml"])
+
+
+def among(dealt: LocalJob, job: LocalJob) -> LocalJob:
+    """The job, for the clients of the other one."""
+    spec = job.document.spec.model_copy(update={"clients": dealt.document.spec.clients})
+    return LocalJob(job.document.model_copy(update={"spec": spec}), dealt.datasets, job.promise)
 
 
 def print_row(mechanism: str, job: LocalJob, traffic: Traffic) -> None:
     spec, image = job.document.spec, job.first_dataset.document.spec.image
     network = Denoiser(network_config(spec.network, image, job.first_dataset.document.spec.classes.count, 0.5))
     parameters = sum(weight.numel() for weight in network.parameters())
-    totals = {client: traffic.sent[client].total() + traffic.fetched[client].total() for client in job.datasets}
+    totals = [traffic.sent[client].total() + traffic.fetched[client].total() for client in job.datasets]
     per_round = 2 * 4 * parameters
     row = {
         "benchmark": "bytes_moved",
         "mechanism": mechanism,
         "clients": len(job.datasets),
-        "sent": {client: dict(traffic.sent[client]) for client in job.datasets},
-        "fetched": {client: dict(traffic.fetched[client]) for client in job.datasets},
-        "bytes_per_client": totals,
+        "sent": kinds_of(traffic.sent, job),
+        "fetched": kinds_of(traffic.fetched, job),
+        "bytes_per_client": [min(totals), max(totals)],
         "shared_training": {"sent": dict(traffic.sent["shared"]), "fetched": dict(traffic.fetched["shared"])},
         "parameters": parameters,
         "fedavg_bytes_per_round": per_round,
-        "break_even_rounds": {client: round(total / per_round, 3) for client, total in totals.items()},
+        "break_even_rounds": [round(each / per_round, 3) for each in (min(totals), max(totals))],
         "published_rounds": PUBLISHED_ROUNDS,
         "commit": commit(),
         "command": f"python {' '.join(sys.argv)}",
     }
     print(json.dumps(row), flush=True)
+
+
+def kinds_of(moved: dict[str, Counter[str]], job: LocalJob) -> dict[str, list[int]]:
+    """Bytes of each kind, of the client with the fewest of them and of that with the most."""
+    kinds = {kind for client in job.datasets for kind in moved[client]}
+    return {
+        kind: [choice(moved[client][kind] for client in job.datasets) for choice in (min, max)]
+        for kind in sorted(kinds)
+    }
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from feddiff_protocol import layout
 from feddiff_protocol.api import ClassesSpec, ImageSpec, SourceSpec
 from feddiff_protocol.errors import DataInvalid, FeddiffError
-from feddiff_protocol.promise import Promise, promise_of
+from feddiff_protocol.promise import Promise, promise_of, released_image
 from feddiff_protocol.stages import EvaluateSpec
 
 from .classifier import train_classifier
@@ -31,7 +31,7 @@ from .metrics import Found, ImageSet, Measures, Quality, measure_quality, minori
 from .owner_page import Gallery, OwnerReport, owner_page
 from .pictures import LabelledImages, Pixels, grid, read_samples, to_pixels
 from .pooling import CENTRED_FROM, OwnerSummary, mapped, project_keeping_trace, unmapped, unpacked
-from .records import Records, digest_records, read_holdout, read_source
+from .records import Records, digest_records, over_blocks, read_holdout, read_source
 from .released import GaussianRelease, PrivunitRelease, Release, Terms, read_releases
 from .report import class_name
 from .stage import report_progress, run_stage
@@ -311,14 +311,14 @@ def _values_of(measures: Quality | Measures, left_out: Collection[str]) -> Value
 
 def gallery_of(spec: EvaluateSpec, records: Records, samples: LabelledImages, release: Release) -> Gallery:
     """The first images of every class and column."""
-    shape_CHW = (spec.image.channels, spec.image.height, spec.image.width)
-    labels, side = range(spec.classes.count), spec.privacy.block_side_or_one
-    released_CHW = (spec.image.channels, spec.image.height // side, spec.image.width // side)
+    whole_CHW, released_CHW = (
+        (image.channels, image.height, image.width) for image in (spec.image, released_image(spec.privacy, spec.image))
+    )
+    labels = range(spec.classes.count)
     released, note = released_pictures(release, released_CHW, spec.classes.count)
-    released = [picture.repeat(side, axis=2).repeat(side, axis=3) for picture in released]
     columns: dict[str, Sequence[Pixels]] = {
-        "real": [_first_real(records, label, shape_CHW) for label in labels],
-        "released": released,
+        "real": [_first_real(records, label, whole_CHW) for label in labels],
+        "released": [over_blocks(pictures, spec.privacy.block_side_or_one) for pictures in released],
     }
     for arm in ("shared", "personal", "both"):
         columns[arm] = [samples.images[arm][samples.labels_N == label][:PICTURED] for label in labels]

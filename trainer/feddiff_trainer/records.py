@@ -88,6 +88,11 @@ def of_blocks(records: Records, side: int) -> Records:
     return BlockMeans(records.pixels_NCHW, records.labels_N, records.told, side) if side > 1 else records
 
 
+def over_blocks(x_NChw: NDArray[Any], side: int) -> NDArray[Any]:
+    """Images of which every value fills a square: what has x_NChw for its means."""
+    return x_NChw.repeat(side, axis=2).repeat(side, axis=3)
+
+
 def read_records(
     source_format: str,
     path: Path,

@@ -20,7 +20,7 @@ from .frequencies import finest_waves, frequency_map
 from .mechanisms import clip_l2, pack_symmetric
 from .noise import Float64, Normals
 from .privunit import directions
-from .records import Records
+from .records import Records, over_blocks
 from .release import shards_of
 from .shards import decode, grid_steps, layouts
 
@@ -185,7 +185,7 @@ def released_values(spec: ReleaseSpec, image: ImageSpec, tensor: str, pixels_ND:
     whole = image.model_copy(update={"height": side * image.height, "width": side * image.width})
     trial = spec.model_copy(update={"image": whole, "classes": ClassesSpec(count=num, records=(1,) * num)})
     pixels_NChw = pixels_ND.reshape(num, image.channels, image.height, image.width)
-    records = Records(pixels_NChw.repeat(side, axis=2).repeat(side, axis=3), np.arange(num))
+    records = Records(over_blocks(pixels_NChw, side), np.arange(num))
     step = math.ldexp(1.0, getattr(grid_steps(promise, schedule_of(spec.diffusion)), tensor))
     parts, rows = [], []
     shards = shards_of(trial, promise, records, normals)

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -635,23 +635,28 @@ def script_of(experiment: Path) -> Path:
 
 def prepared(experiment: Path, folder: Path) -> Path:
     """The experiment's file in `folder` beside the datasets of every seed, as the script beside it makes them."""
-    seeds = yaml.safe_load(experiment.read_text())["seeds"]
-    counts = ([5000] * 5 + [50] * 5, [50] * 5 + [5000] * 5)
-    split = {
-        "image": {"channels": 1, "height": 14, "width": 14},
-        "classes": {"count": 10, "names": []},
-        "records": {f"client-{number}": of_client for number, of_client in enumerate(counts)},
-        "holdout": 9500,
-    }
     digits = (ROOT / "examples" / "digits" / "owners.yaml").read_text()
     for old, new in re.findall(r"s/(.*?)/(.*?)/", script_of(experiment).read_text()):
         digits = digits.replace(old, new)
-    owners = {"digits.sh": digits, "fashion-mnist.sh": owners_text(split)}[script_of(experiment).name]
-    for seed in seeds:
-        for name in ("digits", "split"):
+    crossed = [5000] * 5 + [50] * 5, [50] * 5 + [5000] * 5
+    made = {"digits": digits, "split": owners_text(answer_of(14, crossed))}
+    made |= {f"of-{clients}": owners_text(answer_of(8, [[1] * 10] * clients)) for clients in (4, 32, 128)}
+    for seed in yaml.safe_load(experiment.read_text())["seeds"]:
+        for name, owners in made.items():
             (folder / f"{name}-{seed}").mkdir()
             (folder / f"{name}-{seed}" / "owners.yaml").write_text(owners)
     return Path(shutil.copy(experiment, folder))
+
+
+def answer_of(side: int, records: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Of the trainer to `feddiff split`: clients with so many records of each class."""
+    digits = len(str(len(records) - 1))
+    return {
+        "image": {"channels": 1, "height": side, "width": side},
+        "classes": {"count": 10, "names": []},
+        "records": {f"client-{number:0{digits}}": of_client for number, of_client in enumerate(records)},
+        "holdout": 9500,
+    }
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)

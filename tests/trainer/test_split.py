@@ -70,7 +70,7 @@ def test_every_record_has_one_holder_at_most_and_every_client_the_fewest_asked_f
 
 
 def test_mutant_that_deals_a_record_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_divide_class", lambda rows, k, num_classes, asked, generator: 4 * [rows])
+    monkeypatch.setattr(module, "_divide_class", lambda rows, *_: 4 * [rows])
     assert duplicates(np.repeat(np.arange(3), 60), 3, spec(4)) > 0
 
 
@@ -79,6 +79,11 @@ def test_equal_shares_differ_by_one_at_most_and_leave_nothing() -> None:
     counts = counts_of(labels_N, 4, spec(6, holdout="0"))
     assert (counts.max(axis=0) - counts.min(axis=0)).max() <= 1
     assert counts.sum(axis=0).tolist() == [103, 97, 100, 50]
+
+
+def test_clients_beyond_the_records_of_a_class_get_as_many_in_all() -> None:
+    counts = counts_of(np.repeat(np.arange(10), 120), 10, spec(128, holdout="0"))
+    assert counts.max() == 1 and set(counts.sum(axis=1)) == {9, 10}
 
 
 def test_majority_classes_cross_as_in_a_study_of_two_groups() -> None:

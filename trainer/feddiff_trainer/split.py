@@ -54,15 +54,15 @@ def divide(labels_N: Rows, num_classes: int, spec: SplitSpec) -> Split:
     generator = np.random.default_rng(spec.seed)
     order_N = generator.permutation(len(labels_N))
     shares: list[list[Rows]] = [[] for _ in spec.clients]
-    held_out = []
+    held_out, dealt = [], 0
     for k in range(num_classes):
         rows = order_N[labels_N[order_N] == k]
         num_held_out = round(float(spec.holdout) * len(rows))
         held_out.append(rows[:num_held_out])
-        for share, part in zip(
-            shares, _divide_class(rows[num_held_out:], k, num_classes, spec, generator), strict=True
-        ):
+        parts = _divide_class(rows[num_held_out:], k, num_classes, spec, generator, dealt)
+        for share, part in zip(shares, parts, strict=True):
             share.append(part)
+        dealt += len(rows) - num_held_out
     clients = tuple(np.sort(np.concatenate(share)) for share in shares)
     for name, client_rows in zip(spec.clients, clients, strict=True):
         if len(client_rows) < FEWEST_RECORDS:
@@ -73,8 +73,10 @@ def divide(labels_N: Rows, num_classes: int, spec: SplitSpec) -> Split:
     return Split(clients, np.sort(np.concatenate(held_out)))
 
 
-def _divide_class(rows: Rows, k: int, num_classes: int, spec: SplitSpec, generator: np.random.Generator) -> list[Rows]:
-    """One part of the class's rows, which come in random order, for each client."""
+def _divide_class(
+    rows: Rows, k: int, num_classes: int, spec: SplitSpec, generator: np.random.Generator, dealt: int
+) -> list[Rows]:
+    """One part of the class's rows, which come in random order, for each client; `dealt`: of the classes before."""
     num_clients, fewest = len(spec.clients), spec.minority_records
     members = [i for i in range(num_clients) if k in majority_classes(i, num_classes, spec.majority)]
     needed = num_clients * fewest
@@ -86,7 +88,7 @@ def _divide_class(rows: Rows, k: int, num_classes: int, spec: SplitSpec, generat
     parts = [[part] for part in np.split(rows[:needed], num_clients)]
     rest = rows[needed:]
     if members:
-        ends = _ends(len(rest), len(members), spec, generator)
+        ends = _ends(len(rest), len(members), spec, generator, dealt)
         for member, part in zip(members, np.split(rest, ends[:-1]), strict=True):
             parts[member].append(part)
     return [np.concatenate(part) for part in parts]
@@ -99,10 +101,13 @@ def majority_classes(client: int, num_classes: int, num_majority: int | None) ->
     return [(client * num_majority + j) % num_classes for j in range(num_majority)]
 
 
-def _ends(num_rows: int, num_members: int, spec: SplitSpec, generator: np.random.Generator) -> Rows:
-    """Where each member's part ends. Proportions by Dir(α) for each class: Yurochkin et al. 2019, section 4."""
+def _ends(num_rows: int, num_members: int, spec: SplitSpec, generator: np.random.Generator, dealt: int) -> Rows:
+    """Where each member's part ends. Equal ones are dealt in turn, from the member on at which the classes before
+    ended: else the same ones would get fewer of every class. Proportions by Dir(α) for each class: Yurochkin et al.
+    2019, section 4."""
     if spec.dirichlet is None:
-        return np.arange(1, num_members + 1) * num_rows // num_members
+        turn = (np.arange(num_members) - dealt) % num_members
+        return np.cumsum(num_rows // num_members + (turn < num_rows % num_members))
     proportions = generator.dirichlet(np.full(num_members, float(spec.dirichlet)))
     ends: Rows = np.rint(np.cumsum(proportions) / proportions.sum() * num_rows).astype(np.int64)
     return ends

@@ -19,7 +19,7 @@ from feddiff_protocol.errors import FINAL_EXIT_CODES, OUR_BUG, RETRIED_EXIT_CODE
 from feddiff_protocol.plan import StageKey, StageObserved, StagePhase
 from feddiff_protocol.stages import Receipt, job_reference
 
-from .engine import Setting
+from .engine import Setting, num_threads
 from .experiment_file import Unit
 from .owner_stages import StageFailed, finished_sample_spec
 from .processes import Attempt, stop_orphans
@@ -139,7 +139,7 @@ class _Stages:
         folder.mkdir(parents=True)
         (folder / "spec.json").write_text(spec.model_dump_json(by_alias=True, exclude_none=True, indent=2))
         slots = min(self.setting.num_processes, len(self.running) + 1 + len(self.waiting))
-        threads, now = max(1, self.setting.cores // slots), self.setting.clock()
+        threads, now = num_threads(self.setting.cores, slots), self.setting.clock()
         self.running[key] = self.setting.start_attempt(key, spec.attempt, folder, spec, 1, threads, now)
         self.setting.reporter.stage_started(key, spec.attempt)
 

@@ -85,6 +85,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def num_threads(cores: int, num_processes: int) -> int:
+    """Of each of so many processes. A core is left free: a thread that has to wait for one keeps all the others
+    waiting (docs/decisions/0018-threads-leave-a-core-free.md)."""
+    return max(1, (cores - 1) // max(1, num_processes))
+
+
 @dataclass(frozen=True)
 class Setting:
     """What surrounds a run and is no part of its job; tests put clocks and stages of their own here."""
@@ -265,7 +271,7 @@ class _Engine:
         due = [start for start in starts if self.not_before.get((start.stage, start.client), 0.0) <= now]
         specs = [(start, self._spec(start, observed)) for start in due]
         wanted = sum(self._slots(spec) for _, spec in specs) + self._slots_taken()
-        threads = max(1, self.setting.cores // max(1, min(wanted, self.setting.num_processes)))
+        threads = num_threads(self.setting.cores, min(wanted, self.setting.num_processes))
         for start, spec in specs:
             if self._slots_taken() + self._slots(spec) > self.setting.num_processes:
                 return

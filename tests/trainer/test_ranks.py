@@ -11,7 +11,7 @@ import pytest
 
 from feddiff_protocol.errors import FINAL_EXIT_CODES
 from feddiff_trainer import ranks
-from feddiff_trainer.ranks import own_codes, telling
+from feddiff_trainer.ranks import num_threads, own_codes, telling
 
 STAGE = textwrap.dedent(
     """
@@ -39,11 +39,19 @@ STAGE = textwrap.dedent(
 class Pod:
     """A pod's first process, with the stage of this test."""
 
-    def __init__(self, folder: Path, behaviour: str, grace_seconds: float = 60.0, **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        behaviour: str,
+        grace_seconds: float = 60.0,
+        cpu_limit: Path = ranks.CPU_LIMIT,
+        **environment: str,
+    ) -> None:
         (folder / "stage_of_test.py").write_text(STAGE)
         path = os.pathsep.join([str(folder), *sys.path])
         code = (
-            f"import sys; from feddiff_trainer import ranks; ranks.GRACE_SECONDS = {grace_seconds};"
+            "import pathlib, sys; from feddiff_trainer import ranks;"
+            f"ranks.GRACE_SECONDS, ranks.CPU_LIMIT = {grace_seconds}, pathlib.Path({str(cpu_limit)!r});"
             "sys.exit(ranks.main(sys.argv[1:]))"
         )
         self.process = subprocess.Popen(
@@ -94,14 +102,24 @@ def test_a_stage_that_is_stopped_while_it_imports_is_interrupted(tmp_path: Path)
     assert pod.ended() == (75, "")
 
 
-@pytest.mark.parametrize(("behaviour", "threads"), [("0", "None"), ("0,0", "1")])
-def test_processes_of_one_pod_share_its_cores_and_a_single_one_has_them_all(
+@pytest.mark.parametrize(("behaviour", "threads"), [("0", "4"), ("0,0", "2"), ("0,0,0", "1")])
+def test_processes_of_one_pod_share_the_cpus_of_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str, threads: str
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    pod = Pod(tmp_path, behaviour)
+    (tmp_path / "cpu.max").write_text("450000 100000\n")
+    pod = Pod(tmp_path, behaviour, cpu_limit=tmp_path / "cpu.max")
     assert {line.split()[-1] for line in pod.up(1 + behaviour.count(","))} == {threads}
     assert pod.ended()[0] == 0
+
+
+def test_a_pod_without_a_limit_or_with_less_than_a_cpu_has_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert num_threads("max 100000", 1) == num_threads("50000 100000", 1) == 1
+    pod = Pod(tmp_path, "0", cpu_limit=tmp_path / "not-there")
+    assert (pod.up(1)[0].split()[-1], pod.ended()[0]) == ("1", 0)
 
 
 @pytest.mark.parametrize(

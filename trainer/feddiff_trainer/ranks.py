@@ -17,11 +17,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 from feddiff_protocol.errors import FINAL_EXIT_CODES, FeddiffError, Interrupted, UsageInvalid
 
 BY_SIGNAL = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # this container's
 GRACE_SECONDS = 30.0  # for the other ranks to end once one has failed; the pod's own grace is longer
 
 
@@ -81,10 +83,25 @@ def _arguments(argv: Sequence[str]) -> tuple[int, str, str]:
 
 def _start(local_rank: int, num_processes: int, module: str, spec: str) -> "subprocess.Popen[bytes]":
     rank = int(os.environ.get("NODE_RANK", "0")) * num_processes + local_rank
-    several = num_processes > 1 and "OMP_NUM_THREADS" not in os.environ
-    threads = {"OMP_NUM_THREADS": "1"} if several else {}  # or each would take all cores
-    environment = {**os.environ, **threads, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+    threads = {"OMP_NUM_THREADS": str(num_threads(_cpu_limit(), num_processes))}
+    environment = {**threads, **os.environ, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
     return subprocess.Popen([sys.executable, "-m", module, spec], env=environment)
+
+
+def num_threads(cpu_limit: str, num_processes: int) -> int:
+    """Of each process: as many as the pod's limit has whole CPUs, by the words of cgroup v2's cpu.max ("QUOTA PERIOD",
+    "max" for no limit). One where there is no limit: a thread that has to wait for a core keeps all the others waiting
+    (docs/decisions/0018-threads-leave-a-core-free.md)."""
+    quota, period = cpu_limit.split()
+    cpus = 1 if quota == "max" else int(quota) // int(period)
+    return max(1, cpus // num_processes)
+
+
+def _cpu_limit() -> str:
+    try:
+        return CPU_LIMIT.read_text()
+    except OSError:
+        return "max 100000"
 
 
 def _ended(ranks: Sequence["subprocess.Popen[bytes]"]) -> list[int]:

@@ -755,8 +755,8 @@ class SharedSpec(Wire):
     resources: Annotated[
         Overlay,
         Field(
-            description="requests and limits of each training pod, as in a container's resources; can change only while"
-            " suspend is true"
+            description="requests and limits of each training pod, as in a container's resources; a limit of CPUs sets"
+            " the threads, one without; can change only while suspend is true"
         ),
     ]
     pod_template: Annotated[

@@ -285,7 +285,7 @@ def test_closed_form_shows_each_class_as_it_is(finished: Callable[[str], Finishe
 def test_closed_form_goes_where_the_samples_are_drawn(tmp_path: Path) -> None:
     spec = prepared(tmp_path, "closedForm")
     releases = releases_of(spec, open_store(spec.federation_store), 2)
-    denoiser = train_shared.shared_denoiser(spec, releases, World(0, 1, torch.device("meta")))
+    denoiser = train_shared.shared_denoiser(spec, releases, World(0, 1, torch.device("meta")), print)
     assert {buffer.device.type for buffer in denoiser.buffers()} == {"meta"}
 
 

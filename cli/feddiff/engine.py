@@ -63,7 +63,7 @@ from feddiff_protocol.stages import (
 
 from .documents import LocalJob
 from .local_ledger import LocalLedger
-from .processes import Attempt, StartAttempt, StartProcess, num_processes, stop_orphans
+from .processes import Attempt, StartAttempt, StartProcess, num_ranks, stop_orphans
 from .run_folder import RunFolder, replace_file, store_uri
 
 TOO_LATE = StoreUnavailable.exit_code  # nothing came in time
@@ -269,16 +269,17 @@ class _Engine:
     def _start_what_fits(self, starts: Sequence[Start], observed: Observed, now: float) -> None:
         """In the plan's order, so that a stage of many processes is not overtaken for ever."""
         due = [start for start in starts if self.not_before.get((start.stage, start.client), 0.0) <= now]
-        specs = [(start, self._spec(start, observed)) for start in due]
-        wanted = sum(self._slots(spec) for _, spec in specs) + self._slots_taken()
+        wanted = sum(self._slots(start.stage) for start in due) + self._slots_taken()
         threads = num_threads(self.setting.cores, min(wanted, self.setting.num_processes))
-        for start, spec in specs:
-            if self._slots_taken() + self._slots(spec) > self.setting.num_processes:
+        for start in due:
+            if self._slots_taken() + self._slots(start.stage) > self.setting.num_processes:
                 return
-            self._start(start, spec, threads)
+            # Not before it starts: with n clients a spec names n releases, and n of them may be due at every look.
+            self._start(start, self._spec(start, observed), threads)
 
-    def _slots(self, spec: AnyStageSpec) -> int:
-        return min(num_processes(spec), self.setting.num_processes)
+    def _slots(self, stage: Stage) -> int:
+        ranks = num_ranks(self.job.document.spec.shared) if stage is Stage.TRAIN_SHARED else 1
+        return min(ranks, self.setting.num_processes)
 
     def _slots_taken(self) -> int:
         return sum(process.slots for process in self.running.values())
@@ -290,7 +291,7 @@ class _Engine:
         attempt = self.folder.attempt_folder(key, start.attempt)
         attempt.mkdir(parents=True)
         (attempt / "spec.json").write_text(spec.model_dump_json(by_alias=True, exclude_none=True, indent=2))
-        now, slots = self.setting.clock(), self._slots(spec)
+        now, slots = self.setting.clock(), self._slots(start.stage)
         self.running[key] = self.setting.start_attempt(key, start.attempt, attempt, spec, slots, threads, now)
         self.num_starts[key] = self.num_starts.get(key, 0) + 1
         failures = self.stages[key].num_failures if key in self.stages else 0

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from feddiff_protocol.api import SharedSpec
 from feddiff_protocol.baselines import AnyBaselineSpec, BaselineSpec
 from feddiff_protocol.errors import FINAL_EXIT_CODES, Interrupted
 from feddiff_protocol.plan import StageKey
@@ -47,9 +48,12 @@ def stage_command(spec: AnySpec, spec_path: Path) -> list[str]:
 
 
 def num_processes(spec: AnySpec) -> int:
-    if isinstance(spec, TrainSharedSpec) and spec.shared.denoiser == "trained":
-        return spec.shared.world_size
-    return 1
+    return num_ranks(spec.shared) if isinstance(spec, TrainSharedSpec) else 1
+
+
+def num_ranks(shared: SharedSpec) -> int:
+    """Of train-shared."""
+    return shared.world_size if shared.denoiser == "trained" else 1
 
 
 @dataclass

@@ -62,6 +62,25 @@ def test_a_run_does_every_stage_once_and_in_order(world: Any) -> None:
         assert own == [f"{stage} {owner}" for stage in ("release", "train-personal", "sample", "evaluate")]
 
 
+def test_a_stage_is_described_when_it_starts_and_not_while_it_waits(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Descriptions grow with the square of the number of clients."""
+    described: list[Stage] = []
+    made = engine.owner_stage_spec
+
+    def counted(stage: Stage, *rest: Any) -> Any:
+        described.append(stage)
+        return made(stage, *rest)
+
+    monkeypatch.setattr(engine, "owner_stage_spec", counted)
+    stages = world.stages()
+    assert world.run(world.job(), stages, num_processes=1).status.phase is JobPhase.COMPLETE
+    assert len(described) == len(
+        [name for name in stages.started if name.startswith(("train-p", "sample", "evaluate"))]
+    )
+
+
 def test_stores_and_overlays_of_a_cluster_are_folders_of_a_local_run(world: Any) -> None:
     """The file of a cluster: no stage hears of a bucket, a Secret or a pod."""
     file = world.job_file(store={"uri": "s3://federation/jobs", "secretName": "federation-trainer"})

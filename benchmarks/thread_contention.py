@@ -10,14 +10,13 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from measuring import in_a_process
+from measuring import in_a_process, spread
 
 from feddiff.engine import usable_cores
 from feddiff.experiment import commit, cpu_model
@@ -82,14 +81,13 @@ def keep_busy() -> None:
 
 
 def print_row(size: int, beside: str, threads: int, speeds: list[float]) -> None:
-    spread = {"min": min(speeds), "median": statistics.median(speeds), "max": max(speeds)}
     row = {
         "benchmark": "thread_contention",
         "size": size,
         "batch": BATCH,
         "beside": beside,
         "threads": threads,
-        "images_per_second": {name: round(value) for name, value in spread.items()},
+        "images_per_second": {name: round(value) for name, value in spread(tuple(speeds)).items()},
         "runs": len(speeds),
         "cores": usable_cores(),
         "cpu": cpu_model(),

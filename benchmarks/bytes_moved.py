@@ -18,9 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from sklearn.datasets import load_digits
 
 from feddiff.documents import LocalJob, load_job
 from feddiff.experiment import commit
@@ -161,8 +159,7 @@ def main() -> None:
 
 def deal(folder: Path, clients: int) -> LocalJob:
     """A job of so many clients."""
-    digits = load_digits()
-    np.savez(folder / "all.npz", images=(digits.images / 16).astype(np.float32), labels=digits.target)
+    make_digits(folder / "all.npz")
     split_data(
         folder / "all.npz",
         folder / "split",

@@ -3,7 +3,8 @@
     python examples/digits/make_digits.py OUT [SEED]
 
 writes OUT/clinic-{a,b,c}/{train,holdout}.npz. 1,797 scans of 8×8: 112 of a class go to the owner where it is
-common, 5 to each of the others, the rest (about 55 per class) is held out for evaluation by all.
+common, 5 to each of the others, the rest (about 55 per class) is held out for evaluation by all. Where OUT ends in
+.npz all of them go into that file, for `feddiff split`.
 """
 
 import sys
@@ -33,14 +34,20 @@ def split_digits(seed: int = SEED) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def main(out: Path, seed: int = SEED) -> None:
-    digits = load_digits()
-    pixels = (digits.images / 16).astype(np.float32)  # scans have 17 grey values, 0 to 16
+    if out.suffix == ".npz":
+        write(out, np.arange(len(load_digits().target)))
+        return
     owners, held_out = split_digits(seed)
     for owner, indices in owners.items():
         folder = out / owner
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / "train.npz", images=pixels[indices], labels=digits.target[indices])
-        np.savez(folder / "holdout.npz", images=pixels[held_out], labels=digits.target[held_out])
+        write(folder / "train.npz", indices)
+        write(folder / "holdout.npz", held_out)
+
+
+def write(path: Path, indices: np.ndarray) -> None:
+    digits = load_digits()  # scans have 17 grey values, 0 to 16
+    np.savez(path, images=(digits.images[indices] / 16).astype(np.float32), labels=digits.target[indices])
 
 
 if __name__ == "__main__":

@@ -5,15 +5,7 @@ here=$(dirname "$0")
 work=${1:?usage: clients.sh FOLDER}
 mkdir -p "$work"
 cp "$here/clients.yaml" "$work/"
-[ -f "$work/all.npz" ] || python - "$work/all.npz" <<'PY'
-import sys
-
-import numpy as np
-from sklearn.datasets import load_digits
-
-digits = load_digits()
-np.savez(sys.argv[1], images=(digits.images / 16).astype(np.float32), labels=digits.target)
-PY
+[ -f "$work/all.npz" ] || python "$here/../digits/make_digits.py" "$work/all.npz"
 for seed in 0; do
   for clients in 4 32 128; do
     split="$work/of-$clients-$seed"

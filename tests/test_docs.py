@@ -636,11 +636,11 @@ def script_of(experiment: Path) -> Path:
 def prepared(experiment: Path, folder: Path) -> Path:
     """The experiment's file in `folder` beside the datasets of every seed, as the script beside it makes them."""
     digits = (ROOT / "examples" / "digits" / "owners.yaml").read_text()
-    for old, new in re.findall(r"s/(.*?)/(.*?)/", script_of(experiment).read_text()):
-        digits = digits.replace(old, new)
     crossed = [5000] * 5 + [50] * 5, [50] * 5 + [5000] * 5
     made = {"digits": digits, "split": owners_text(answer_of(14, crossed))}
     made |= {f"of-{clients}": owners_text(answer_of(8, [[1] * 10] * clients)) for clients in (4, 32, 128)}
+    for old, new in re.findall(r"s/(.*?)/(.*?)/", script_of(experiment).read_text()):
+        made = {name: owners.replace(old, new) for name, owners in made.items()}
     for seed in yaml.safe_load(experiment.read_text())["seeds"]:
         for name, owners in made.items():
             (folder / f"{name}-{seed}").mkdir()

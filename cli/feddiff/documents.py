@@ -5,7 +5,7 @@ over, and what our own say of stores, Secrets, volumes and pods is read and not 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -197,16 +197,40 @@ def _dataset_of(
     return datasets[key]
 
 
-def _check_distinct_records(datasets: Iterable[LocalDataset]) -> None:
+def _check_distinct_records(datasets: Collection[LocalDataset]) -> None:
     """The same records under two names would have two budgets."""
-    holder: dict[str, str] = {}
+    holder: dict[str | tuple[int, int], LocalDataset] = {}
     for dataset in datasets:
-        other = holder.setdefault(dataset.source.path, dataset.key)
-        if other != dataset.key:
-            raise SpecInvalid(
-                f"datasets {other} and {dataset.key} hold the same records, {dataset.source.path};"
-                " one set of records has one dataset and one budget"
-            )
+        _check_same(holder.setdefault(dataset.source.path, dataset), dataset)
+        for number in _file_number(dataset.source.path):
+            _check_same(holder.setdefault(number, dataset), dataset)
+    for dataset in datasets:
+        for folder in Path(dataset.source.path).parents:
+            _check_same(holder.get(str(folder), dataset), dataset)
+
+
+def _check_same(one: LocalDataset, other: LocalDataset) -> None:
+    if one.key != other.key:
+        raise SpecInvalid(
+            f"datasets {one.key} and {other.key} hold the same records, {one.source.path} and {other.source.path};"
+            " one set of records has one dataset and one budget"
+        )
+
+
+def _file_number(path: str) -> list[tuple[int, int]]:
+    """What all names of one file have in common."""
+    if not os.path.isfile(path):
+        return []
+    found = os.stat(path)
+    return [(found.st_dev, found.st_ino)]
+
+
+def overlap(path: str, other: str) -> bool:
+    """Whether both absolute paths, links followed, lead to the same file, or one to what lies in the other."""
+    one, two = Path(path), Path(other)
+    if one.is_relative_to(two) or two.is_relative_to(one):
+        return True
+    return bool(_file_number(path)) and _file_number(path) == _file_number(other)
 
 
 def _listed(files: Sequence[Path]) -> str:

@@ -26,7 +26,7 @@ from feddiff_protocol.errors import (
     StoreUnavailable,
     UsageInvalid,
 )
-from feddiff_protocol.layout import release_name
+from feddiff_protocol.layout import release_name, seal
 from feddiff_protocol.plan import (
     OWNER_STAGES,
     Action,
@@ -286,8 +286,9 @@ class _Engine:
 
     def _start(self, start: Start, spec: AnyStageSpec, threads: int) -> None:
         key = (start.stage, start.client)
-        if start.stage is Stage.RELEASE and self.releasing_since is None:
-            self.releasing_since = self.setting.clock()
+        if start.stage is Stage.RELEASE:
+            self._check_not_drawn_anew(start.client)
+            self.releasing_since = self.setting.clock() if self.releasing_since is None else self.releasing_since
         attempt = self.folder.attempt_folder(key, start.attempt)
         attempt.mkdir(parents=True)
         (attempt / "spec.json").write_text(spec.model_dump_json(by_alias=True, exclude_none=True, indent=2))
@@ -297,6 +298,16 @@ class _Engine:
         failures = self.stages[key].num_failures if key in self.stages else 0
         self.stages[key] = StageObserved(StagePhase.RUNNING, start.attempt, failures)
         self.setting.reporter.stage_started(key, start.attempt)
+
+    def _check_not_drawn_anew(self, client: str) -> None:
+        """Raises PrivacyRefusal where the ledger says what left, and the owner's store no longer knows it."""
+        entry = self.ledgers[client].state().entry(self._entry_name(client))
+        sealed = self.job.datasets[client].owner_folder / "store" / seal(self._entry_name(client))
+        if entry is not None and entry.manifest_sha256 and not sealed.exists():
+            raise PrivacyRefusal(
+                f"client {client}: its release has left, and {sealed} is gone: noise drawn again would be a second"
+                " release; put the owner's store back from a backup, or begin another job"
+            )
 
     # -- wait
 

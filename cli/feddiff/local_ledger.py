@@ -5,11 +5,12 @@ run folder leaves the ledger alone (docs/decisions/0001).
 """
 
 import fcntl
+import itertools
 import os
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -23,7 +24,7 @@ from feddiff_protocol.layout import release_name
 from feddiff_protocol.ledger import Account, Entry, Phase, Refusal
 from feddiff_protocol.plan import Hold
 
-from .documents import LocalDataset
+from .documents import LocalDataset, overlap
 
 BUSY_SECONDS = 60.0
 HOLD = {Phase.RESERVED: Hold.RESERVED, Phase.CHARGED: Hold.CHARGED, Phase.RETURNED: Hold.RETURNED}
@@ -87,13 +88,14 @@ class LedgerState:
 
 def read_ledger(dataset: LocalDataset) -> LedgerState:
     """The dataset's ledger as it stands, an empty one where none was begun. Writes nothing."""
-    path = ledger_path(dataset)
+    path, released = ledger_path(dataset), _released(dataset)
     if path.exists():
         with _reading(path) as db:
             if _begun(db):
                 state = _read(db)
+                _check_nothing_forgotten(dataset, released, state.entries)
                 return LedgerState(state.dataset_uid, _grown(dataset, state.budget), state.account, state.entries)
-    _check_nothing_forgotten(dataset)
+    _check_nothing_forgotten(dataset, released, ())
     return LedgerState("", dataset.document.spec.budget, Account(), ())
 
 
@@ -167,9 +169,9 @@ class LocalLedger:
         except OSError as error:
             raise OutputFailed(f"{self.path.parent}: the ledger's folder cannot be made: {error.strerror}") from None
         budget, records = self.dataset.document.spec.budget, (self.dataset.source.path,)
-        with _alone_in(self.dataset.owner_folder.parent), self._transaction() as db:
+        released = _released(self.dataset)
+        with _alone_with(Path(self.dataset.source.path)), self._transaction() as db:
             if not _begun(db):
-                _check_nothing_forgotten(self.dataset)
                 for statement in SCHEMA:
                     db.execute(statement)
                 values = (uuid.uuid4().hex, self.dataset.key, budget.model_dump_json(by_alias=True))
@@ -178,6 +180,7 @@ class LocalLedger:
                 _check_sole_holder(self.dataset)
                 db.execute("INSERT INTO records VALUES (?)", records)
             state = _read(db)
+            _check_nothing_forgotten(self.dataset, released, state.entries)
             grown = _grown(self.dataset, state.budget)
             db.execute("UPDATE account SET budget = ?", (grown.model_dump_json(by_alias=True),))
         return state.dataset_uid
@@ -216,40 +219,55 @@ def _grown(dataset: LocalDataset, known: BudgetSpec) -> BudgetSpec:
     return asked
 
 
-def _check_nothing_forgotten(dataset: LocalDataset) -> None:
-    """No ledger, but sealed releases: whoever starts afresh would spend the budget twice."""
-    releases = dataset.owner_folder / "store" / "releases"
-    if releases.is_dir() and any(releases.iterdir()):
+def _released(dataset: LocalDataset) -> set[str]:
+    """The releases that the owner's store knows of. To be asked before the ledger, which hears of each first."""
+    folder = dataset.owner_folder / "store" / "releases"
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _check_nothing_forgotten(dataset: LocalDataset, released: set[str], entries: Iterable[Entry]) -> None:
+    """Releases without a charge: whoever went on from such a ledger would spend the budget twice."""
+    unknown = released - {entry.name for entry in entries if entry.phase is Phase.CHARGED}
+    if unknown:
         raise PrivacyRefusal(
-            f"dataset {dataset.key}: {releases} holds releases, but {ledger_path(dataset)} is gone;"
-            " put the ledger back from a backup"
+            f"dataset {dataset.key}: {dataset.owner_folder / 'store'} holds {len(unknown)} releases of which"
+            f" {ledger_path(dataset)} knows nothing, the first {min(unknown)}: the ledger is gone, or older than they"
+            " are; put a newer one back from a backup"
         )
 
 
 def _check_sole_holder(dataset: LocalDataset) -> None:
     """Records that another dataset's ledger accounts for would get a second budget."""
-    for path in sorted(dataset.owner_folder.parent.glob("*/ledger.sqlite")):
-        if path == ledger_path(dataset):
-            continue
+    for path in _ledgers_about(dataset):
         with _reading(path) as db:
-            claim = "SELECT 1 FROM records WHERE path = ?"
-            found = _begun(db) and db.execute(claim, (dataset.source.path,)).fetchone()
-        if found:
-            raise PrivacyRefusal(
-                f"dataset {dataset.key}: the records {dataset.source.path} already have the ledger {path};"
-                " use the dataset's first name and namespace, one set of records has one budget"
-            )
+            held = db.execute("SELECT path FROM records").fetchall() if _begun(db) else []
+        for (other,) in held:
+            if overlap(dataset.source.path, other):
+                raise PrivacyRefusal(
+                    f"dataset {dataset.key}: the records {dataset.source.path} already have the ledger {path}, as"
+                    f" {other}; use that dataset's name, namespace and path, one set of records has one budget"
+                )
+
+
+def _ledgers_about(dataset: LocalDataset) -> Iterator[Path]:
+    """The other datasets' ledgers beside these records, beside each folder that holds them, and among them."""
+    path, pattern = Path(dataset.source.path), "feddiff/*/ledger.sqlite"
+    found = itertools.chain(*(folder.glob(pattern) for folder in path.parents), path.rglob(pattern))
+    yield from (each for each in sorted(found) if each != ledger_path(dataset))
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else begins a ledger in this folder: two that looked at once would each find the records free."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+def _alone_with(records: Path) -> Iterator[None]:
+    """Nobody else begins a ledger of these records, of a folder that holds them or of a part of them: two that looked
+    at once would each find the records free."""
+    mine = records if records.exists() else records.parent
+    with ExitStack() as held:
+        for path in reversed((mine, *mine.parents)):
+            with suppress(PermissionError):  # a folder that may be passed through, not read
+                descriptor = os.open(path, os.O_RDONLY)
+                held.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX if path == mine else fcntl.LOCK_SH)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _existing(state: LedgerState, name: str) -> Entry:

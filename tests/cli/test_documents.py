@@ -96,6 +96,22 @@ def test_two_datasets_with_the_same_records_are_refused(world: Any) -> None:
         load_job(rewritten(world.path / "job.yaml", documents))
 
 
+def test_two_names_of_one_file_are_refused(world: Any) -> None:
+    world.write_records()
+    (world.path / "again.npz").hardlink_to(world.path / "a/train.npz")
+    documents = documents_of(world.job_file())
+    documents[1]["spec"]["source"]["path"] = "again.npz"
+    with pytest.raises(SpecInvalid, match="hold the same records"):
+        load_job(rewritten(world.path / "job.yaml", documents))
+
+
+def test_a_dataset_within_another_one_is_refused(world: Any) -> None:
+    documents = documents_of(world.job_file())
+    documents[1]["spec"]["source"]["path"] = f"{documents[0]['spec']['source']['path']}/part"
+    with pytest.raises(SpecInvalid, match="hold the same records"):
+        load_job(rewritten(world.path / "job.yaml", documents))
+
+
 @pytest.mark.parametrize(
     ("story", "change", "words"),
     [

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from feddiff.documents import load_job
 from feddiff.local_ledger import LocalLedger
 from feddiff.processes import StageProcess, StartProcess
 from feddiff.run_folder import RunFolder
+from feddiff_protocol import layout
 from feddiff_protocol.errors import ConfigurationInvalid, Interrupted, PrivacyRefusal, SpecInvalid
 from feddiff_protocol.ledger import Phase
 from feddiff_protocol.plan import JobPhase
@@ -363,6 +365,22 @@ def test_what_one_owner_refuses_is_given_back_to_the_others_and_a_raised_budget_
 
 def client(owner: str) -> dict[str, Any]:
     return {"name": owner, "dataset": {"namespace": f"clinic-{owner}", "name": "scans"}}
+
+
+def test_a_release_that_left_is_not_drawn_anew_where_its_seal_is_gone(world: Any) -> None:
+    job, stages = world.job(), world.stages()
+    world.run(job, stages)
+    shutil.rmtree(world.path / "run/stages")
+    with pytest.raises(PrivacyRefusal, match="its release has left"):
+        world.run(job, again := world.stages())
+    assert again.started == []
+    (entry,) = world.ledger("a").entries
+    seal = job.datasets["a"].owner_folder / "store" / layout.seal(entry.name)
+    seal.parent.mkdir(parents=True)
+    seal.touch()
+    with pytest.raises(PrivacyRefusal, match="client b: its release has left"):
+        world.run(job, again)
+    assert again.started == ["release a"], "with the seal the stage sends the same bytes, or says that it cannot"
 
 
 def test_a_manifest_other_than_the_recorded_one_stops_the_run(world: Any) -> None:

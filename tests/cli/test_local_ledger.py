@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -142,6 +143,12 @@ def renamed(dataset: LocalDataset, name: str) -> LocalDataset:
     return LocalDataset(dataset.document.model_copy(update={"metadata": metadata}))
 
 
+def moved(dataset: LocalDataset, path: Path) -> LocalDataset:
+    source = dataset.source.model_copy(update={"path": os.path.normpath(path)})
+    spec = dataset.document.spec.model_copy(update={"source": source})
+    return LocalDataset(dataset.document.model_copy(update={"spec": spec}))
+
+
 def begin_at_once(datasets: list[LocalDataset]) -> list[str]:
     """The uids of the ledgers that could be begun."""
     start, uids = threading.Barrier(len(datasets), timeout=60), list[str]()
@@ -171,6 +178,14 @@ def test_datasets_that_race_for_the_same_records_begin_one_ledger(world: Any, tr
     assert len(begin_at_once([renamed(dataset, f"name-{index}") for index in range(4)])) == 1
 
 
+@pytest.mark.parametrize("trial", range(5))
+def test_a_folder_and_a_part_of_it_that_race_begin_one_ledger(world: Any, trial: int) -> None:
+    (world.path / "images/cats").mkdir(parents=True)
+    dataset = world.job().datasets["a"]
+    parts = [moved(dataset, world.path / "images" / part) for part in (".", "cats")]
+    assert len(begin_at_once(parts)) == 1
+
+
 def test_ledgers_that_are_not_begun_alone_are_caught_sharing_records(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +196,7 @@ def test_ledgers_that_are_not_begun_alone_are_caught_sharing_records(
         both_have_looked.wait()
 
     monkeypatch.setattr(local_ledger, "_check_sole_holder", looking)
-    monkeypatch.setattr(local_ledger, "_alone_in", lambda folder: contextlib.nullcontext())
+    monkeypatch.setattr(local_ledger, "_alone_with", lambda records: contextlib.nullcontext())
     dataset = world.job().datasets["a"]
     assert len(begin_at_once([renamed(dataset, f"name-{index}") for index in range(2)])) == 2
 
@@ -246,8 +261,33 @@ def test_a_lost_ledger_beside_sealed_releases_is_a_refusal(world: Any) -> None:
     dataset = world.job().datasets["a"]
     (dataset.owner_folder / "store/releases/prl-1").mkdir(parents=True)
     for read in (read_ledger, LocalLedger):
-        with pytest.raises(PrivacyRefusal, match="is gone; put the ledger back"):
+        with pytest.raises(PrivacyRefusal, match="the ledger is gone, or older"):
             read(dataset)
+
+
+def test_an_older_ledger_beside_releases_that_came_after_it_is_a_refusal(world: Any) -> None:
+    job = world.job()
+    ledger, older = LocalLedger(job.datasets["a"]), world.path / "older.sqlite"
+    for uid in ("uid-1", "uid-2"):
+        shutil.copy(ledger.path, older)
+        assert reserve(world, uid) is None
+        ledger.charge(name := release_name(uid, "a", ledger.dataset_uid))
+        (job.datasets["a"].owner_folder / "store/releases" / name).mkdir(parents=True)
+        assert world.ledger("a").num_releases, "a ledger that knows all releases is read"
+    shutil.copy(older, ledger.path)
+    for read in (read_ledger, LocalLedger):
+        with pytest.raises(PrivacyRefusal, match=f"holds 1 releases .* the first {name}"):
+            read(job.datasets["a"])
+
+
+def test_a_release_of_which_the_ledger_has_a_reservation_alone_is_a_refusal(world: Any) -> None:
+    """A release starts when it is charged: such a ledger is older than the charge."""
+    job = world.job()
+    assert reserve(world, "uid-1") is None
+    (entry,) = world.ledger("a").entries
+    (job.datasets["a"].owner_folder / "store/releases" / entry.name).mkdir(parents=True)
+    with pytest.raises(PrivacyRefusal, match="knows nothing"):
+        LocalLedger(job.datasets["a"])
 
 
 def test_the_same_records_under_another_name_get_no_second_budget(world: Any) -> None:
@@ -259,12 +299,36 @@ def test_the_same_records_under_another_name_get_no_second_budget(world: Any) ->
 def test_records_that_another_ledger_holds_are_refused_to_one_that_moves_there(world: Any) -> None:
     dataset = world.job().datasets["a"]
     elsewhere = renamed(dataset, "elsewhere")
-    moved = dataset.source.model_copy(update={"path": f"{dataset.source.path}.old"})
-    spec = elsewhere.document.spec.model_copy(update={"source": moved})
-    LocalLedger(LocalDataset(elsewhere.document.model_copy(update={"spec": spec})))
+    LocalLedger(moved(elsewhere, Path(f"{dataset.source.path}.old")))
     assert reserve(world, "uid-1") is None
     with pytest.raises(PrivacyRefusal, match="already have the ledger"):
         LocalLedger(elsewhere)
+
+
+@pytest.mark.parametrize(("first", "second"), [("images", "images/cats"), ("images/cats", "images"), ("x/y/z", "x")])
+def test_a_folder_and_a_part_of_it_get_one_budget(world: Any, first: str, second: str) -> None:
+    dataset = world.job().datasets["a"]
+    for path in (first, second):
+        (world.path / path).mkdir(parents=True, exist_ok=True)
+    LocalLedger(moved(dataset, world.path / first))
+    with pytest.raises(PrivacyRefusal, match="already have the ledger"):
+        LocalLedger(moved(renamed(dataset, "part"), world.path / second))
+
+
+def test_two_names_of_one_file_get_one_budget(world: Any) -> None:
+    world.write_records()
+    dataset = world.job().datasets["a"]
+    (world.path / "a/again.npz").hardlink_to(dataset.source.path)
+    assert reserve(world, "uid-1") is None
+    with pytest.raises(PrivacyRefusal, match="already have the ledger"):
+        LocalLedger(moved(renamed(dataset, "again"), world.path / "a/again.npz"))
+
+
+def test_records_beside_each_other_have_a_budget_each(world: Any) -> None:
+    dataset = world.job().datasets["a"]
+    for path in ("images/cats", "images/cats-2", "images-2"):
+        (world.path / path).mkdir(parents=True)
+        assert LocalLedger(moved(renamed(dataset, Path(path).name), world.path / path)).dataset_uid
 
 
 def test_reading_writes_nothing(world: Any) -> None:

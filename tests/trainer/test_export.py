@@ -103,7 +103,7 @@ FAILED = Finding(
     ("changes", "words"),
     [
         (None, "the run was not audited"),
-        ({"findings": (FAILED,)}, "personal denoiser, PIA: AUC up to 0.950, where the release allows 0.900"),
+        ({"findings": (FAILED,)}, "personal denoiser, PIA: AUC up to 0.950, where 0.900 is the most"),
         ({"findings": ()}, "was not attacked"),
         ({"personal_sha256": "0" * 64}, "the audit was of other denoiser than those in the store"),
         ({"samples_sha256": "0" * 64}, "the audit was of other samples than those in the store"),

@@ -12,6 +12,7 @@ from feddiff_protocol.stages import JobReference
 from feddiff_trainer.findings import CONFIDENCE, Audit, Copies, Estimate, Finding, Target, Verdict, export_refusals
 from feddiff_trainer.verdicts import (
     Bound,
+    Measured,
     area_interval,
     area_under_curve,
     bound_of_part,
@@ -102,15 +103,23 @@ def test_an_attack_that_finds_only_a_few_for_sure_is_seen_by_the_rate_at_one_per
         (0.99, None, None, 0.9, Verdict.NO_PROMISE),
         (0.99, None, None, 0.79, Verdict.SILENT),
         (0.6, 0.3, 0.75, 0.9, Verdict.ABOVE),  # bound of the rate: 0.2
+        (0.7, None, 0.95, 0.9, Verdict.OUT_OF_REACH),  # always right is a lower limit of 0.9
+        (0.7, 0.1, 0.95, 0.9, Verdict.WITHIN),  # but the rate could exceed its bound
+        (0.7, None, 0.95, 0.5, Verdict.SILENT),
     ],
 )
 def test_verdicts(auc: float, tpr: float | None, bound: float | None, control: float, verdict: Verdict) -> None:
-    rate = None if tpr is None else estimate(tpr)
-    assert judge(estimate(auc), rate, bound, 0.2 if bound else None, control) is verdict
+    measured = [] if bound is None else [Measured(auc, 0.9, bound)]
+    assert judge(measured + ([] if tpr is None else [Measured(tpr, 0.9, 0.2)]), control) is verdict
 
 
-def test_a_lower_limit_below_the_bound_is_within_it_whatever_the_value() -> None:
-    assert judge(estimate(0.8, 0.06), None, 0.75, None, 1.0) is Verdict.WITHIN
+@pytest.mark.parametrize(("num", "verdict"), [(20, Verdict.OUT_OF_REACH), (400, Verdict.WITHIN)])
+def test_so_few_records_that_no_attack_could_be_above_the_bound_say_nothing(num: int, verdict: Verdict) -> None:
+    """At AUC 0.92 even twenty members whose every score is above the others' are not above it for sure."""
+    scores = np.arange(float(num))
+    assert finding_of(Target.SHARED, "a", scores, scores, bound_of_part(2.0), 1.0).verdict is verdict
+    right = finding_of(Target.SHARED, "a", scores + num, scores, bound_of_part(2.0), 1.0).verdict
+    assert (right is Verdict.ABOVE) == (verdict is Verdict.WITHIN)
 
 
 # ---- One run -----------------------------------------------------------------------------------------------------
@@ -131,8 +140,10 @@ def test_a_thousand_guesses_that_are_all_right_show_the_ceiling_that_is_known() 
 def test_one_run_of_a_gaussian_mechanism_stays_below_its_epsilon_and_without_noise_reaches_the_ceiling() -> None:
     rng, mu = np.random.default_rng(3), 2.0
     second_N = rng.integers(0, 2, 1000) == 1
-    noised = one_run_of(Target.UPLOAD, "a", mu * second_N + rng.standard_normal(1000), second_N, 10.0, 1e-5, 1.0)
-    assert 1 < noised.epsilon_low < noised.ceiling < noised.epsilon_bound and noised.verdict is Verdict.WITHIN
+    noised = one_run_of(Target.UPLOAD, "a", mu / 2 * second_N + rng.standard_normal(1000), second_N, 3.4, 1e-5, 1.0)
+    assert 0 < noised.epsilon_low < noised.epsilon_bound < noised.ceiling and noised.verdict is Verdict.WITHIN
+    larger = one_run_of(Target.UPLOAD, "a", mu * second_N + rng.standard_normal(1000), second_N, 10.0, 1e-5, 1.0)
+    assert larger.ceiling < larger.epsilon_bound and larger.verdict is Verdict.OUT_OF_REACH
     clean = one_run_of(Target.UPLOAD, "a", second_N + 1e-9 * rng.standard_normal(1000), second_N, 1.0, 1e-5, 0.5)
     assert clean.epsilon_low == clean.ceiling and clean.verdict is Verdict.ABOVE
     wrong = one_run_of(Target.UPLOAD, "a", -mu * second_N + rng.standard_normal(1000), second_N, 10.0, 1e-5, 0.79)
@@ -184,7 +195,9 @@ def test_a_personal_denoiser_passes_where_no_attack_does_better_than_the_release
         ((finding(Target.SHARED),), {}, "was not attacked"),
         ((finding(), finding(Target.UPLOAD, verdict=Verdict.ABOVE)), {}, "upload, loss threshold: above its bound"),
         ((finding(verdict=Verdict.SILENT),), {}, "it says nothing"),
-        ((finding(auc=estimate(0.85, 0.1)),), {}, "AUC up to 0.950, where the release allows 0.920"),
+        ((finding(auc=estimate(0.85, 0.1)),), {}, "AUC up to 0.950, where 0.920 is the most"),
+        ((finding(auc=estimate(0.9, 0.06), auc_bound=0.99995),), {}, "AUC up to 0.960, where 0.950 is the most"),
+        ((finding(tpr=estimate(0.6, 0.05), tpr_bound=0.99),), {}, "finds 60.0% at 1% false alarms, where 50.1%"),
         ((finding(tpr=estimate(0.6, 0.1)),), {}, "finds 60.0% at 1% false alarms"),
         ((finding(),), {"blind": estimate(0.7, 0.1)}, "differ in themselves"),
         ((finding(),), {"blind": estimate(0.3, 0.1)}, "differ in themselves"),

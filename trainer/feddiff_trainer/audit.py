@@ -55,10 +55,10 @@ from .train_shared import EMA_WIDTH, SIGMA_DATA, image_shape
 from .training import distributed, train
 from .trials import LARGEST_RELEASE, MOST_VALUES, parts_of, trials, without_privacy
 from .verdicts import (
+    Measured,
     area_interval,
     area_under_curve,
     bound_of,
-    bound_of_part,
     finding_of,
     judge,
     share_interval,
@@ -144,9 +144,9 @@ def upload_findings(released: ReleaseSpec, normals: Normals) -> list[Finding]:
     promise = promise_of(released.privacy, released.diffusion)
     findings, (careless, share) = [], without_privacy(released, promise)
     for part, control in zip(parts_of(released), parts_of(careless), strict=True):
-        bound = bound_of(promise) if part.mu is None else bound_of_part(part.mu)
         control_auc = area_under_curve(*trials(careless, control, lambda shape: share * normals(shape)))
-        findings.append(finding_of(Target.UPLOAD, part.attack, *trials(released, part, normals), bound, control_auc))
+        scores = trials(released, part, normals)
+        findings.append(finding_of(Target.UPLOAD, part.attack, *scores, part.bound(promise), control_auc))
     return findings
 
 
@@ -173,6 +173,7 @@ def reconstruct(spec: SampleSpec, compared: "Compared", prior: ClassGaussian, no
         nearer = share_interval(int(nearer_N.sum()), len(nearer_N))
         return nearer, gain_db(estimate_ND, guess_ND, x_ND), alike(estimate_ND)
 
+    always = share_interval(len(images), len(images)).low
     nearer, gain, ssim = attack(released, 1.0)
     control, control_gain, control_ssim = attack(*without_privacy(released, promise, mu=1000, epsilon=100))
     bound = nearer_bound(released, promise)
@@ -186,7 +187,7 @@ def reconstruct(spec: SampleSpec, compared: "Compared", prior: ClassGaussian, no
         control_nearer=control.value,
         control_gain_db=control_gain,
         control_ssim=control_ssim,
-        verdict=judge(nearer, None, bound, None, control.value),
+        verdict=judge([Measured(nearer.low, always, bound)], control.value),
     )
 
 

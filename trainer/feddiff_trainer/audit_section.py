@@ -18,7 +18,7 @@ from .findings import (
 from .pages import Html, bullets, element, paragraph, rows, section, table
 
 COLUMNS = ["", "Records", "AUC", "bound", "Found at 1% false alarms", "bound", "Control", "Verdict"]
-MARKS = {Verdict.ABOVE: "worse", Verdict.WITHIN: "better", Verdict.SILENT: "empty"}
+MARKS = {Verdict.ABOVE: "worse", Verdict.WITHIN: "better", Verdict.SILENT: "empty", Verdict.OUT_OF_REACH: "empty"}
 
 
 def audit_section(audit: Audit | None) -> Html:
@@ -41,7 +41,8 @@ def audit_section(audit: Audit | None) -> Html:
             "charged: it holds for the upload and the shared denoiser, and a result above it is a bug. Nothing was "
             "promised for the personal denoiser; there the bound is something to compare with. The control is the same "
             "attack where nothing is private, on a model that memorised its records or a release with next to no "
-            "noise: where it does not reach 0.8, the attack says nothing."
+            "noise: where it does not reach 0.8, the attack says nothing. Nor does it where its bound is out of reach: "
+            "at so large an ε, or with so few records, an attack that is always right would not be above it."
         ),
         table("Attacks, with the limits of their intervals", COLUMNS, *groups, text=["Verdict"]),
         *([_one_run(audit.one_run)] if audit.one_run else []),

@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from feddiff_protocol import accountant
 from feddiff_protocol.api import Name, Wire
 from feddiff_protocol.stages import JobReference, Sha256
 
 CONFIDENCE = 0.999  # of every interval: of fifty together, all hold in 95 audits of a hundred and more
+LARGEST_EXPORT_MU = 2.33  # a release's bound at which a personal denoiser may still pass: AUC 0.95, half at 1 % false
 
 
 class Target(StrEnum):
@@ -37,6 +39,7 @@ class Verdict(StrEnum):
     ABOVE = "above its bound"
     NO_PROMISE = "no promise"
     SILENT = "control silent"
+    OUT_OF_REACH = "bound out of reach"  # an attack that is always right would not be above it: it cannot fail
 
 
 class Estimate(Wire):
@@ -151,22 +154,22 @@ def export_refusals(audit: Audit) -> list[str]:
     """Why the personal denoiser and its samples should not leave the owner; empty where the audit passed.
 
     Nothing was promised for them. They pass where every attack on them has been shown to find no more than the best
-    attack on the release could: upper limits of the area below its bound, with controls that fire.
+    attack on the release could: upper limits of the area below its bound, with controls that fire. Where the release
+    itself allows nearly everything, the bound is that of LARGEST_EXPORT_MU.
     """
+    most_area = accountant.attack_auc(LARGEST_EXPORT_MU)
+    most_found = accountant.attack_tpr(LARGEST_EXPORT_MU, 0.01)
     own = [finding for finding in audit.findings if finding.target not in PROMISED]
     reasons = [] if own else ["the personal denoiser was not attacked"]
     reasons += [f"{each}: above its bound" for each in audit.above]
     for finding in own:
         if finding.verdict is Verdict.SILENT:
             reasons.append(f"{named(finding)}: finds nothing in a model that memorised its records, so it says nothing")
-        elif finding.auc.high > finding.auc_bound:
+        elif finding.auc.high > (area := min(finding.auc_bound, most_area)):
+            reasons.append(f"{named(finding)}: AUC up to {finding.auc.high:.3f}, where {area:.3f} is the most")
+        elif finding.tpr and finding.tpr.low > (share := min(finding.tpr_bound or 1.0, most_found)):
             reasons.append(
-                f"{named(finding)}: AUC up to {finding.auc.high:.3f}, where the release allows {finding.auc_bound:.3f}"
-            )
-        elif finding.tpr is not None and finding.tpr_bound is not None and finding.tpr.low > finding.tpr_bound:
-            reasons.append(
-                f"{named(finding)}: finds {finding.tpr.value:.1%} at 1% false alarms, where the release allows"
-                f" {finding.tpr_bound:.1%}"
+                f"{named(finding)}: finds {finding.tpr.value:.1%} at 1% false alarms, where {share:.1%} is the most"
             )
     for copies in audit.copies:
         if copies.target not in PROMISED and copies.third.value > 0:

@@ -42,13 +42,14 @@ def _observed(spec: ReleaseSpec, pixels_ND: Float64, normals: Normals) -> tuple[
     """x + σ·z in [-1, 1] units, up to the clip, and the σ that was promised."""
     promise, schedule = promise_of(spec.privacy, spec.diffusion), schedule_of(spec.diffusion)
     if promise.mechanism is Mechanism.GAUSSIAN:
-        values_ND = released_values(spec, spec.image, "images", pixels_ND, normals)
+        (values_ND,) = released_values(spec, spec.image, ["images"], pixels_ND, normals)
         return values_ND / schedule.alpha(promise.split_step), promise.split_sigma
     if promise.mechanism is Mechanism.SUMMARY:
         assert promise.mean_std is not None
-        return 2 * released_values(spec, spec.image, "mean_sums", pixels_ND, normals) - 1, 2 * promise.mean_std
+        (sums_ND,) = released_values(spec, spec.image, ["mean_sums"], pixels_ND, normals)
+        return 2 * sums_ND - 1, 2 * promise.mean_std
     cap, norm = cap_of(spec.privacy, spec.image), float(spec.privacy.clip_norm)
-    z_ND = released_values(spec, spec.image, "directions", pixels_ND, normals)
+    (z_ND,) = released_values(spec, spec.image, ["directions"], pixels_ND, normals)
     return 2 * norm / cap.mean * z_ND - 1, 2 * cap.noise_std(norm)
 
 

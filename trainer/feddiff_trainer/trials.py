@@ -5,8 +5,8 @@ Shapes: T trials, D values of one image, M = D·(D + 1)/2 packed values of a sym
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 import numpy as np
@@ -23,27 +23,39 @@ from .privunit import directions
 from .records import Records, over_blocks
 from .release import shards_of
 from .shards import decode, grid_steps, layouts
+from .verdicts import Bound, bound_of, bound_of_cap, bound_of_part
 
 TRIALS = 10_000  # of either image: noise that is 10 % too small shows at ε = 10
 MOST_VALUES = 1 << 26  # drawn for one image: fewer trials where images are large
 LARGEST_RELEASE = 1000  # images, each of a class of its own: the most classes there may be
 MATCHED_FILTER = "matched filter"
 
-Score = Callable[[Float64], Float64]  # released values of T trials to scores_T
+GREY = 0.5  # the pixels of a class's other records, which whoever attacks knows
+FULL_CLASS = 20  # records of a class that has a centre of its own
+
+Score = Callable[..., Float64]  # of each tensor the released values of T trials, to scores_T
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a release under attack: the tensor that it is, the pair of images (pixels_D) that are as far apart in
-    it as such images can be, and the best test of the second one against the first. `mu`: what this part is charged,
-    None where the promise is pure ε."""
+    """One part of a release under attack: the tensors that it is, the pair of images (pixels_D) that are as far apart
+    in them as such images can be, and the best test of the second one against the first. `mu`: what this part is
+    charged, None where the promise is pure ε. `probability`: that a direction lies in its own image's cap, where the
+    test looks at nothing else. `known`: grey records of the same class."""
 
     attack: str
-    tensor: str
+    tensors: Sequence[str]
     image: ImageSpec
     pair: tuple[Float64, Float64]
     score: Score
     mu: float | None
+    probability: float | None = None
+    known: int = 0
+
+    def bound(self, promise: Promise) -> Bound:
+        if self.probability is not None:
+            return bound_of_cap(self.probability)
+        return bound_of(promise) if self.mu is None else bound_of_part(self.mu)
 
 
 def parts_of(spec: ReleaseSpec) -> list[Part]:
@@ -52,8 +64,9 @@ def parts_of(spec: ReleaseSpec) -> list[Part]:
     if promise.mechanism is Mechanism.GAUSSIAN:
         return [_images(spec, promise)]
     if promise.mechanism is Mechanism.PRIVUNIT:
-        return [_directions(spec)]
-    return [_mean_sums(spec, promise), _moment_sums(spec, promise)]
+        return _directions(spec)
+    sums = _mean_sums(spec, promise), _moment_sums(spec, promise)
+    return [*sums, *_of_full_class(spec, promise, *sums)]
 
 
 def _images(spec: ReleaseSpec, promise: Promise) -> Part:
@@ -70,7 +83,7 @@ def _images(spec: ReleaseSpec, promise: Promise) -> Part:
     clean_D, other_D = (schedule.alpha(t0) * each_D for each_D in clipped)
     s = schedule.s(t0)
     return Part(
-        MATCHED_FILTER, "images", image, pair, lambda x_TD: matched_filter(x_TD, clean_D, other_D, s), promise.mu
+        MATCHED_FILTER, ["images"], image, pair, lambda x_TD: matched_filter(x_TD, clean_D, other_D, s), promise.mu
     )
 
 
@@ -83,7 +96,7 @@ def _mean_sums(spec: ReleaseSpec, promise: Promise) -> Part:
     clean_D, other_D = (clip_l2(x_D[None], clip_norm)[0] for x_D in pair)
     return Part(
         f"{MATCHED_FILTER}, sums",
-        "mean_sums",
+        ["mean_sums"],
         image,
         pair,
         lambda x_TD: matched_filter(x_TD, clean_D, other_D, std),
@@ -108,7 +121,7 @@ def _moment_sums(spec: ReleaseSpec, promise: Promise) -> Part:
     clean_M, other_M = (pack_symmetric(np.outer(u_D, u_D)) for u_D in moved)
     return Part(
         f"{MATCHED_FILTER}, second moments",
-        "moment_sums",
+        ["moment_sums"],
         image,
         (centre + apart[0], centre + apart[1]),
         lambda x_TM: matched_filter(x_TM, clean_M, other_M, std),
@@ -116,8 +129,48 @@ def _moment_sums(spec: ReleaseSpec, promise: Promise) -> Part:
     )
 
 
-def _directions(spec: ReleaseSpec) -> Part:
-    """Directions of `privunit`: the log-likelihood ratio is ε times in one image's cap less in the other's."""
+def _of_full_class(spec: ReleaseSpec, promise: Promise, mean: Part, moments: Part) -> list[Part]:
+    """The two sums of a class that has a centre of its own: who knows all but one of its records takes these off, and
+    follows the centre, which the first sum says. The pair of the second is no longer the farthest apart there."""
+    assert promise.mean_std is not None and promise.moment_std is not None and spec.privacy.moment_clip_norm is not None
+    clip_norm, std, known = float(spec.privacy.moment_clip_norm), promise.moment_std, FULL_CLASS - 1
+    map_DD = frequency_map(spec.privacy, moments.image)
+    grey_D = np.full(moments.image.dimensions, GREY)
+    of_grey_D = clip_l2(np.full((1, mean.image.dimensions), GREY), float(spec.privacy.clip_norm))[0]
+
+    def moment(x_D: Float64, centre_D: Float64) -> Float64:
+        apart_D = x_D - centre_D if map_DD is None else (x_D - centre_D) @ map_DD
+        (u_D,) = clip_l2(apart_D[None], clip_norm)
+        return pack_symmetric(np.outer(u_D, u_D))
+
+    def score_moments(sums_TD: Float64, moments_TM: Float64) -> Float64:
+        scores_T = np.empty(len(sums_TD))
+        for t, centre_D in enumerate(np.clip(sums_TD / FULL_CLASS, 0, 1)):
+            clean_M, other_M, of_grey_M = (moment(x_D, centre_D) for x_D in (*moments.pair, grey_D))
+            scores_T[t] = matched_filter(moments_TM[t : t + 1] - known * of_grey_M, clean_M, other_M, std)[0]
+        return scores_T
+
+    of_class = f" of a class of {FULL_CLASS}"
+    return [
+        replace(
+            mean,
+            attack=mean.attack + of_class,
+            score=lambda sums_TD: mean.score(sums_TD - known * of_grey_D),
+            known=known,
+        ),
+        replace(
+            moments,
+            attack=moments.attack + of_class,
+            tensors=["mean_sums", "moment_sums"],
+            score=score_moments,
+            known=known,
+        ),
+    ]
+
+
+def _directions(spec: ReleaseSpec) -> list[Part]:
+    """Directions of `privunit`: the log-likelihood ratio is ε times in one image's cap less in the other's. At a large
+    ε its bound is out of reach of so many trials, so it is looked at how often z lies in its own cap, too."""
     pair, cap = _halves(spec.image.dimensions), cap_of(spec.privacy, spec.image)
     u_D, other_D = (directions(x_D[None])[0] for x_D in pair)
 
@@ -125,7 +178,14 @@ def _directions(spec: ReleaseSpec) -> Part:
         scores_T: Float64 = (z_TD @ other_D >= cap.height).astype(np.float64) - (z_TD @ u_D >= cap.height)
         return scores_T
 
-    return Part("likelihood ratio", "directions", spec.image, pair, score, None)
+    def score_in_own(z_TD: Float64) -> Float64:
+        scores_T: Float64 = (z_TD @ other_D >= cap.height).astype(np.float64)
+        return scores_T
+
+    return [
+        Part("likelihood ratio", ["directions"], spec.image, pair, score, None),
+        Part("own cap", ["directions"], spec.image, pair, score_in_own, None, cap.probability),
+    ]
 
 
 def _halves(size: int) -> tuple[Float64, Float64]:
@@ -160,7 +220,7 @@ def without_privacy(
 
 def trials(spec: ReleaseSpec, part: Part, normals: Normals) -> tuple[Float64, Float64]:
     """Scores where the second image was released, and where the first was, as many of each."""
-    (layout,) = layouts(spec.privacy.mechanism, part.image, (1, 1))
+    (layout,) = layouts(spec.privacy.mechanism, part.image, (1 + part.known, 1))
     num_releases = max(1, min(TRIALS, MOST_VALUES // layout.values_bytes) // LARGEST_RELEASE)
     inside_T, outside_T = (
         np.concatenate([canaries(spec, part, chosen_T, normals) for _ in range(num_releases)])
@@ -174,24 +234,36 @@ def canaries(spec: ReleaseSpec, part: Part, second_N: np.ndarray, normals: Norma
     the first."""
     first_D, second_D = part.pair
     pixels_ND = np.where(second_N[:, None], second_D, first_D)
-    return part.score(released_values(spec, part.image, part.tensor, pixels_ND, normals))
+    return part.score(*released_values(spec, part.image, part.tensors, pixels_ND, normals, part.known))
 
 
-def released_values(spec: ReleaseSpec, image: ImageSpec, tensor: str, pixels_ND: Float64, normals: Normals) -> Float64:
-    """What leaves of each image (D or M values of one tensor, in order), by the very function that writes a release's
-    shards; each is a class of its own, so LARGEST_RELEASE are the most. Where a job releases the means of squares,
-    pixels_ND are these and the images have such squares in one colour. Nothing is written."""
+def released_values(
+    spec: ReleaseSpec,
+    image: ImageSpec,
+    wanted: Sequence[str],
+    pixels_ND: Float64,
+    normals: Normals,
+    known: int = 0,
+) -> list[Float64]:
+    """What leaves of each image (D or M values of each tensor that is wanted, in order), by the very function that
+    writes a release's shards; each is a class of its own, with so many grey ones, so LARGEST_RELEASE are the most.
+    Where a job releases the means of squares, pixels_ND are these and the images have such squares in one colour.
+    Nothing is written."""
     promise, num, side = promise_of(spec.privacy, spec.diffusion), len(pixels_ND), spec.privacy.block_side_or_one
     whole = image.model_copy(update={"height": side * image.height, "width": side * image.width})
-    trial = spec.model_copy(update={"image": whole, "classes": ClassesSpec(count=num, records=(1,) * num)})
-    pixels_NChw = pixels_ND.reshape(num, image.channels, image.height, image.width)
-    records = Records(over_blocks(pixels_NChw, side), np.arange(num))
-    step = math.ldexp(1.0, getattr(grid_steps(promise, schedule_of(spec.diffusion)), tensor))
-    parts, rows = [], []
+    counts = (1 + known,) * num
+    trial = spec.model_copy(update={"image": whole, "classes": ClassesSpec(count=num, records=counts)})
+    all_ND = np.concatenate([pixels_ND, np.full((known * num, pixels_ND.shape[1]), GREY)])
+    pixels_NChw = all_ND.reshape(-1, image.channels, image.height, image.width)
+    records = Records(over_blocks(pixels_NChw, side), np.tile(np.arange(num), 1 + known))
+    steps = grid_steps(promise, schedule_of(spec.diffusion))
+    parts, rows = dict[str, list[Float64]](), []
     shards = shards_of(trial, promise, records, normals)
-    for layout, data in zip(layouts(promise.mechanism, image, (1,) * num), shards, strict=True):
+    for layout, data in zip(layouts(promise.mechanism, image, counts), shards, strict=True):
         tensors = decode(layout, data, "trial")
         rows.append(tensors.get("labels", np.arange(num)))  # images leave in another order, under their own labels
-        parts.append(tensors[tensor].reshape(len(rows[-1]), -1).astype(np.float64) * step)
-    values_N_: Float64 = np.concatenate(parts)[np.argsort(np.concatenate(rows))]
-    return values_N_
+        for name in wanted:
+            step = math.ldexp(1.0, getattr(steps, name))
+            parts.setdefault(name, []).append(tensors[name].reshape(len(rows[-1]), -1).astype(np.float64) * step)
+    order_N = np.argsort(np.concatenate(rows))
+    return [np.concatenate(parts[name])[order_N] for name in wanted]

@@ -2,7 +2,7 @@
 that is above its bound."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +40,12 @@ def bound_of_part(mu: float) -> Bound:
     return Bound(accountant.attack_auc(mu), lambda rate: accountant.attack_tpr(mu, rate))
 
 
+def bound_of_cap(probability: float) -> Bound:
+    """Of whoever looks at nothing but whether a direction lies in an image's cap: with this probability it does where
+    it is that image's, and otherwise never at best."""
+    return Bound((1 + probability) / 2, lambda rate: probability)
+
+
 def finding_of(
     target: Target,
     attack: str,
@@ -50,12 +56,14 @@ def finding_of(
     group: Literal["all", "minority"] = "all",
 ) -> Finding:
     """What the scores of members and others say."""
-    auc = area_interval(area_under_curve(members_N, others_N), len(members_N), len(others_N))
+    sizes = len(members_N), len(others_N)
+    auc = area_interval(area_under_curve(members_N, others_N), *sizes)
+    measured = [Measured(auc.low, area_interval(1.0, *sizes).low, bound.auc)]
     tpr, tpr_bound = None, None
     if found := found_at_one_percent(members_N, others_N):
         tpr, rate = found
         tpr_bound = bound.tpr_at(rate)
-    promised = target in PROMISED
+        measured.append(Measured(tpr.low, share_interval(sizes[0], sizes[0]).low, tpr_bound))
     return Finding(
         target=target,
         attack=attack,
@@ -67,7 +75,7 @@ def finding_of(
         tpr=tpr,
         tpr_bound=tpr_bound,
         control_auc=control_auc,
-        verdict=judge(auc, tpr, bound.auc if promised else None, tpr_bound if promised else None, control_auc),
+        verdict=judge(measured if target in PROMISED else [], control_auc),
     )
 
 
@@ -114,16 +122,25 @@ def found_at_one_percent(members_N: Float64, others_N: Float64) -> tuple[Estimat
     return share_interval(int((members_N > threshold).sum()), len(members_N)), false_positives.high
 
 
-def judge(
-    auc: Estimate, tpr: Estimate | None, auc_bound: float | None, tpr_bound: float | None, control_auc: float
-) -> Verdict:
-    """Above its bound once a lower limit is; otherwise it takes a control that fires to say anything."""
-    for estimate, bound in ((auc, auc_bound), (tpr, tpr_bound)):
-        if estimate is not None and bound is not None and estimate.low > bound:
-            return Verdict.ABOVE
+@dataclass(frozen=True)
+class Measured:
+    """Lower limits of what an attack achieved and of what it would have if it were always right, and its bound."""
+
+    low: float
+    always_low: float
+    bound: float
+
+
+def judge(measured: Sequence[Measured], control_auc: float) -> Verdict:
+    """Above its bound once a lower limit is; otherwise it takes a control that fires, and a bound that an attack which
+    is always right would be seen to exceed, to say anything. Nothing measured: nothing was promised."""
+    if any(each.low > each.bound for each in measured):
+        return Verdict.ABOVE
     if control_auc < FIRES:
         return Verdict.SILENT
-    return Verdict.NO_PROMISE if auc_bound is None else Verdict.WITHIN
+    if not measured:
+        return Verdict.NO_PROMISE
+    return Verdict.WITHIN if any(each.always_low > each.bound for each in measured) else Verdict.OUT_OF_REACH
 
 
 # ---- One run -----------------------------------------------------------------------------------------------------
@@ -143,8 +160,7 @@ def one_run_of(
     centred_N = scores_N - np.median(scores_N)
     surest = np.argsort(-np.abs(centred_N), kind="stable")[: max(1, round(GUESSED * len(scores_N)))]
     correct, size = int(((centred_N > 0) == second_N)[surest].sum()), len(scores_N)
-    low = one_run_epsilon(size, len(surest), correct, delta)
-    silent = Verdict.SILENT if control_auc < FIRES else Verdict.WITHIN
+    low, ceiling = (one_run_epsilon(size, len(surest), right, delta) for right in (correct, len(surest)))
     return OneRun(
         target=target,
         attack=attack,
@@ -152,11 +168,11 @@ def one_run_of(
         guesses=len(surest),
         correct=correct,
         epsilon_low=low,
-        ceiling=one_run_epsilon(size, len(surest), len(surest), delta),
+        ceiling=ceiling,
         epsilon_bound=epsilon,
         delta=delta,
         control_auc=control_auc,
-        verdict=Verdict.ABOVE if low > epsilon else silent,
+        verdict=judge([Measured(low, ceiling, epsilon)], control_auc),
     )
 
 

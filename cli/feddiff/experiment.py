@@ -21,7 +21,7 @@ from feddiff_protocol import layout, ledger
 from feddiff_protocol.accountant import Charge, admits, budget_mu_squared, spent_epsilon, total_charge
 from feddiff_protocol.api import Name, Wire, parse
 from feddiff_protocol.baselines import Baseline
-from feddiff_protocol.errors import InputMissing, OutputFailed, PrivacyRefusal, SpecInvalid
+from feddiff_protocol.errors import InputMissing, OutputFailed, PrivacyRefusal, SpecInvalid, StoreUnavailable
 from feddiff_protocol.ledger import Phase
 from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import Receipt, Seed, Sha256, Stage
@@ -128,15 +128,37 @@ def _run(unit: Unit, out: Path, setting: Setting) -> Found:
     if unit.baseline is not None:
         run = _run_taken(unit, out) if unit.of is not None else None
         return Found(*run_baseline(unit, unit.baseline, folder, run, setting))
+    _check_same_trainings(unit, folder)
     outcome = run_job(unit.job, folder, replace(setting, seed=unit.seed))
     if outcome.exit_code:
         log = f"; its words are in {outcome.log}" if outcome.log is not None else ""
         raise StageFailed(f"{unit.label}: {outcome.message}{log}", outcome.exit_code)
+    if missing := sorted(unit.job.datasets.keys() - set(outcome.status.counted)):
+        raise StageFailed(
+            f"{unit.label}: expected every owner's release, found none of {', '.join(missing)}: it would be compared"
+            f" with arms of other owners; {folder.path} says why",
+            StoreUnavailable.exit_code,
+        )
     owners = {client: evaluated(unit.job.datasets[client], outcome.uid, client) for client in outcome.status.counted}
     spec = unit.job.document.spec
     shared = spec.shared.images if spec.shared.denoiser == "trained" else 0
     image_steps = {"shared": shared, "personal": spec.personal.images}
     return Found(owners, image_steps, list(_receipts(folder, outcome.uid, unit.job)))
+
+
+def _check_same_trainings(unit: Unit, folder: RunFolder) -> None:
+    """Raises SpecInvalid where the run was begun with other trainings: a run would keep what is through of them."""
+    try:
+        begun = folder.record().job.spec
+    except InputMissing:
+        return
+    spec = unit.job.document.spec
+    for name in ("network", "shared", "personal", "sampling"):
+        if getattr(begun, name) != getattr(spec, name):
+            raise SpecInvalid(
+                f"{unit.label}: {folder.path} holds a run that was begun with another spec.{name}; remove it (its"
+                " release stays charged), give the arm another name, or use another --out"
+            )
 
 
 def _run_taken(unit: Unit, out: Path) -> RunFolder:

@@ -29,8 +29,8 @@ NOT_PRIVATE = (
 
 GAP_CLOSED = (
     "Minority gap closed: (local − arm)/(local − central) in the minority's Fréchet distance, 1 being as good as"
-    " `central`; needs both baselines. A Fréchet distance is one of a small classifier's features, never to be compared"
-    " with an FID."
+    " `central`; needs one arm of either baseline. A Fréchet distance is one of a small classifier's features, never to"
+    " be compared with an FID."
 )
 
 
@@ -155,12 +155,15 @@ def gaps_closed(line: Line, rows: Sequence[Row]) -> list[float]:
 
 
 def _distance_beside(row: Row, rows: Sequence[Row], baseline: Baseline) -> float | None:
-    """Of the baseline with the same seed, in the cell that it shares with the row."""
-    for other in rows:
-        shared = all(row.cell.get(field) == value for field, value in other.cell.items())
-        if other.baseline is baseline and other.seed == row.seed and shared:
-            return _distance(other)
-    return None
+    """Of the baseline with the same seed, in the cell that it shares with the row; None where several arms are it."""
+    found = [
+        other
+        for other in rows
+        if other.baseline is baseline
+        and other.seed == row.seed
+        and all(row.cell.get(field) == value for field, value in other.cell.items())
+    ]
+    return _distance(found[0]) if len({other.arm for other in found}) == 1 else None
 
 
 def _distance(row: Row) -> float | None:

@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import os
 import sqlite3
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -222,7 +223,7 @@ def _grown(dataset: LocalDataset, known: BudgetSpec) -> BudgetSpec:
 def _released(dataset: LocalDataset) -> set[str]:
     """The releases that the owner's store knows of. To be asked before the ledger, which hears of each first."""
     folder = dataset.owner_folder / "store" / "releases"
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {path.name for path in folder.glob("prl-*")} if folder.is_dir() else set()
 
 
 def _check_nothing_forgotten(dataset: LocalDataset, released: set[str], entries: Iterable[Entry]) -> None:
@@ -259,15 +260,33 @@ def _ledgers_about(dataset: LocalDataset) -> Iterator[Path]:
 @contextmanager
 def _alone_with(records: Path) -> Iterator[None]:
     """Nobody else begins a ledger of these records, of a folder that holds them or of a part of them: two that looked
-    at once would each find the records free."""
-    mine = records if records.exists() else records.parent
+    at once would each find the records free. Folders alone are locked, as some file systems lock no file that is only
+    read."""
+    mine = records if records.is_dir() else records.parent
     with ExitStack() as held:
-        for path in reversed((mine, *mine.parents)):
-            with suppress(PermissionError):  # a folder that may be passed through, not read
-                descriptor = os.open(path, os.O_RDONLY)
+        for folder in reversed((mine, *mine.parents)):
+            with suppress(PermissionError):  # may be passed through, not read
+                descriptor = os.open(folder, os.O_RDONLY)
                 held.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX if path == mine else fcntl.LOCK_SH)
+                _lock(descriptor, folder, fcntl.LOCK_EX if folder == mine else fcntl.LOCK_SH)
         yield
+
+
+def _lock(descriptor: int, folder: Path, kind: int) -> None:
+    """Raises StoreUnavailable where another process keeps the folder for BUSY_SECONDS, OutputFailed where it cannot be
+    locked."""
+    give_up_at = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up_at:
+                raise StoreUnavailable(
+                    f"{folder}: another process kept it locked for {BUSY_SECONDS:.0f} s; run again"
+                ) from None
+            time.sleep(0.01)
+        except OSError as error:
+            raise OutputFailed(f"{folder}: cannot be locked, so no ledger begins below it: {error.strerror}") from None
 
 
 def _existing(state: LedgerState, name: str) -> Entry:

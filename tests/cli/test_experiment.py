@@ -196,6 +196,36 @@ def test_a_row_of_another_job_is_refused_before_anything_starts(study: Study) ->
     assert study.stages.started == []
 
 
+@pytest.mark.parametrize(
+    "changed", ["personal.images", "shared.images", "sampling.imagesPerClass", "network.baseWidth"]
+)
+@pytest.mark.parametrize("through", [False, True])
+def test_a_run_that_was_begun_with_other_trainings_gets_no_row(study: Study, changed: str, through: bool) -> None:
+    """What is through of it would stay, under figures that it does not have."""
+    study.fields["arms"] = [{"name": "ours", "set": {changed: 256}}]
+    if through:
+        study.run()
+        (study.out / ROWS).unlink()
+    else:
+        study.stop = lambda: int("train-personal a" in study.stages.started)
+        with pytest.raises(Interrupted):
+            study.run()
+    study.stop = lambda: 0
+    study.stages.started.clear()
+    study.fields["arms"] = [{"name": "ours", "set": {changed: 512}}]
+    with pytest.raises(SpecInvalid, match=f"begun with another spec.{changed.partition('.')[0]}"):
+        study.run()
+    assert study.stages.started == [] and not read_rows(study.out)
+
+
+def test_a_run_without_one_of_its_owners_gets_no_row(study: Study) -> None:
+    study.fields["arms"] = [{"name": "ours", "set": {"quorum": 1, "backoffLimit": 0}}, {"baseline": "local"}]
+    study.instead = lambda spec: "exit 70" if isinstance(spec, ReleaseSpec) and spec.client == "a" else None
+    with pytest.raises(StageFailed, match="found none of a: it would be compared"):
+        study.run()
+    assert not read_rows(study.out)
+
+
 @pytest.mark.parametrize("line", ["", "{}", '{"format": ', "[]"])
 def test_what_is_no_row_is_named_by_its_line(study: Study, line: str) -> None:
     study.run()

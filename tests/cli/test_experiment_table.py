@@ -75,6 +75,14 @@ def test_the_minority_gap_is_closed_between_local_and_central_of_the_same_seed()
     assert "NOT PRIVATE" in cells_of(text, "all")[0][2] and cells_of(text, "local")[0][2] == "nothing"
 
 
+def test_of_two_baselines_of_one_kind_neither_says_how_much_of_the_gap_is_closed() -> None:
+    baselines = [(Baseline.LOCAL, "local", 4.0), (Baseline.CENTRAL, "central", 2.0), (Baseline.LOCAL, "wide", 3.0)]
+    rows = [distances("ours", 0, 2.5)]
+    rows += [distances(name, 0, value, baseline=baseline, promise=None) for baseline, name, value in baselines]
+    assert cells_of(table(rows[:3]), "ours")[0][-1] == "0.750"
+    assert cells_of(table(rows), "ours")[0][-1] == "–"
+
+
 def test_the_worst_owner_is_the_largest_distance_and_the_smallest_share() -> None:
     worst = {column.title: column.worst([1.0, 2.0]) for column in COLUMNS}
     assert worst["recall, minority"] == worst["coverage"] == worst["density"] == 1

@@ -1,6 +1,8 @@
 """The SQLite ledger: races for one budget admit exactly the right number, and nothing that was spent is forgotten."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ from feddiff import local_ledger
 from feddiff.documents import LocalDataset
 from feddiff.local_ledger import LedgerState, LocalLedger, ledger_path, read_ledger
 from feddiff_protocol.accountant import spent_epsilon
-from feddiff_protocol.errors import PrivacyRefusal, SpecInvalid
+from feddiff_protocol.errors import OutputFailed, PrivacyRefusal, SpecInvalid, StoreUnavailable
 from feddiff_protocol.layout import release_name
 from feddiff_protocol.ledger import Phase, Refusal
 from feddiff_protocol.plan import Hold
@@ -278,6 +280,33 @@ def test_an_older_ledger_beside_releases_that_came_after_it_is_a_refusal(world: 
     for read in (read_ledger, LocalLedger):
         with pytest.raises(PrivacyRefusal, match=f"holds 1 releases .* the first {name}"):
             read(job.datasets["a"])
+
+
+def test_what_is_no_release_in_the_owners_store_is_no_sign_of_one(world: Any) -> None:
+    dataset = world.job().datasets["a"]
+    folder = dataset.owner_folder / "store/releases"
+    folder.mkdir(parents=True)
+    (folder / ".DS_Store").touch()
+    assert LocalLedger(dataset).dataset_uid and read_ledger(dataset).entries == ()
+
+
+def test_a_folder_that_stays_locked_or_cannot_be_locked_is_named(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = world.job().datasets["a"]
+    dataset.owner_folder.mkdir(parents=True)
+    monkeypatch.setattr(local_ledger, "BUSY_SECONDS", 0.05)
+    descriptor = os.open(world.path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(StoreUnavailable, match=f"{world.path}: another process kept it locked"):
+        LocalLedger(dataset)
+    os.close(descriptor)
+    assert LocalLedger(dataset).dataset_uid
+
+    def unable(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(local_ledger.fcntl, "flock", unable)
+    with pytest.raises(OutputFailed, match="cannot be locked"):
+        LocalLedger(dataset)
 
 
 def test_a_release_of_which_the_ledger_has_a_reservation_alone_is_a_refusal(world: Any) -> None:

@@ -94,6 +94,12 @@ def test_a_mixture_keeps_its_share_in_every_batch() -> None:
     assert (batch.sigma_B[batch.sigma0_B == SPLIT] >= SPLIT).all()
 
 
+def test_a_share_too_small_for_one_image_of_a_batch_asks_for_none() -> None:
+    draws = filling_draws(pool(), (1, 4, 4), (SPLIT, HIGHEST), torch.tensor([1, 1]))
+    batch, plain = mixed(own_records(), draws, 0.005)(64, generator(3)), own_records()(64, generator(3))
+    assert all(torch.equal(a, b) for a, b in zip(fields(batch), fields(plain), strict=True))
+
+
 def test_the_clip_mix_clips_every_other_image_and_flags_it() -> None:
     batch = clip_mixed(own_records(), lambda x: x / 2)(8, generator(3))
     plain = own_records()(8, generator(3))

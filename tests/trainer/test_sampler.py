@@ -202,6 +202,14 @@ def test_sampling_levels_fall_through_the_split_to_zero_on_the_schedule(num_step
     assert sigmas[0] == pytest.approx(80, rel=0.02) and sigmas[-2] == pytest.approx(0.02, rel=0.2)
 
 
+def test_above_a_split_at_the_highest_level_of_sampling_the_shared_denoiser_is_asked_too() -> None:
+    split = min(sigma for sigma in SCHEDULE.sigmas if sigma > 81)
+    sigmas = sampling_sigmas(SCHEDULE.sigmas, 20, split_sigma=split).tolist()
+    assert sigmas[:2] == [max(SCHEDULE.sigmas), split]
+    highest = max(SCHEDULE.sigmas)
+    assert sampling_sigmas(SCHEDULE.sigmas, 20, split_sigma=highest).tolist()[0] == highest
+
+
 def test_levels_are_spaced_as_published() -> None:
     """Ends exact; the middle by hand: ((80^(1/7) + 0.02^(1/7))/2)^7."""
     low, middle, high = sorted(karras_sigmas(3, 0.02, 80))

@@ -259,10 +259,12 @@ def test_every_other_own_image_is_clipped_and_flagged(tmp_path: Path, pixels: st
     assert not torch.allclose(found.y0_BCHW[clipped_B], plain.y0_BCHW[clipped_B], atol=0.1)
 
 
-def test_releases_are_never_flagged_as_clipped(tmp_path: Path) -> None:
-    """They are clipped, but the flag asks for what an owner's own images look like."""
+def test_released_images_are_flagged_as_clipped_where_flags_tell(tmp_path: Path) -> None:
+    """Samples are drawn as unclipped: what is clipped must not teach that flag its scale."""
     batch = batch_of(prepared(tmp_path, "continued", clipMix=True, releaseShare="0.25"))
-    assert set(batch.flag_B[batch.sigma0_B > 0].tolist()) == {UNCLIPPED}
+    assert set(batch.flag_B[batch.sigma0_B > 0].tolist()) == {CLIPPED}
+    plain = batch_of(prepared(tmp_path / "plain", "continued", releaseShare="0.25"))
+    assert set(plain.flag_B.tolist()) == {UNCLIPPED}
     assert set(batch.flag_B[batch.sigma0_B == 0].tolist()) == {CLIPPED, UNCLIPPED}
 
 

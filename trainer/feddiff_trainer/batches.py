@@ -7,7 +7,7 @@ Shapes: N records, B images of a batch, C channels, H height, W width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,16 @@ def clip_mixed(source: Source, clip: Callable[[Tensor], Tensor]) -> Source:
         clipped_B = (flag_B == CLIPPED)[:, None, None, None]
         y0_BCHW = torch.where(clipped_B, clip(batch.y0_BCHW), batch.y0_BCHW)
         return Batch(y0_BCHW, batch.sigma0_B, batch.sigma_B, batch.label_B, flag_B)
+
+    return draw
+
+
+def all_clipped(source: Source) -> Source:
+    """`source`, every image flagged as clipped: no other leaves an owner."""
+
+    def draw(count: int, generator: torch.Generator) -> Batch:
+        batch = source(count, generator)
+        return replace(batch, flag_B=torch.full_like(batch.flag_B, CLIPPED))
 
     return draw
 
@@ -122,6 +132,8 @@ def mixed(own: Source, released: Source, released_share: float) -> Source:
 
     def draw(count: int, generator: torch.Generator) -> Batch:
         num_released = round(released_share * count)
+        if num_released == 0:
+            return own(count, generator)
         parts = [own(count - num_released, generator), released(num_released, generator)]
         order_B = torch.randperm(count, generator=generator, device=generator.device)
         fields = ("y0_BCHW", "sigma0_B", "sigma_B", "label_B", "flag_B")

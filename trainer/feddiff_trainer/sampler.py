@@ -126,12 +126,12 @@ def sampling_sigmas(
 
     Spaced as Karras et al. 2022, equation 5 (ρ = 7), and moved to the nearest level of the schedule, so that a list
     shorter than num_steps comes back where the schedule is coarser than that. split_sigma, a level of the schedule
-    too, is added if it is not there.
+    too, is added if it is not there, and where none lies above it the schedule's highest one.
     """
     ideal = karras_sigmas(num_steps, low, high)
     chosen = {min(schedule_sigmas, key=lambda sigma: abs(log(sigma / level))) for level in ideal}
     if split_sigma is not None:
-        chosen.add(split_sigma)
+        chosen |= {split_sigma} if split_sigma < max(chosen) else {split_sigma, max(schedule_sigmas)}
     return torch.tensor([*sorted(chosen, reverse=True), 0.0], dtype=torch.float64)
 
 

@@ -13,7 +13,7 @@ from feddiff_protocol.api import ComputeSpec, ImageSpec, Mechanism, PrivacySpec,
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainPersonalSpec
 
-from .batches import Source, clip_mixed, filling_draws, loss_of, mixed, records
+from .batches import Source, all_clipped, clip_mixed, filling_draws, loss_of, mixed, records
 from .checkpoints import Checkpoints
 from .denoisers import denoiser_bytes
 from .denoising import ClassGaussian
@@ -90,6 +90,7 @@ def source_of(
     else:
         split = promise_of(spec.privacy, spec.diffusion).split_sigma  # below it a noised image says nothing
         released = from_releases(spec, releases, split, device)
+        released = all_clipped(released) if spec.personal.clip_mix else released
     return mixed(source, released, float(spec.personal.release_share))
 
 

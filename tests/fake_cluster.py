@@ -190,7 +190,8 @@ class Platform(FakeCluster):
 
     def _start(self, job: Object, index: int, moment: str) -> None:
         name, labels = job["metadata"]["name"], job["metadata"]["labels"]
-        more = {"batch.kubernetes.io/job-name": name, "batch.kubernetes.io/job-completion-index": str(index)}
+        of_job = {"job-name": name, "controller-uid": job["metadata"]["uid"], "job-completion-index": str(index)}
+        more = {f"batch.kubernetes.io/{label}": value for label, value in of_job.items()}
         metadata = {"name": f"{name}-{index}", "namespace": job["metadata"]["namespace"], "labels": {**labels, **more}}
         running = [{"name": "stage", "state": {"running": {"startedAt": moment}}}]
         self.put(POD, {"metadata": metadata, "spec": {}, "status": {"phase": "Running", "containerStatuses": running}})

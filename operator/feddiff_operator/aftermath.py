@@ -83,10 +83,9 @@ class Aftermath:
     async def _delete_children(self, found: Object, children: Children) -> bool:
         """Whether there were any left. Read anew, and in every namespace of the job: a watch may be late."""
         uid, own = found["metadata"]["uid"], found["metadata"]["namespace"]
-        of_owners = [each["dataset"].get("namespace", "default") for each in found["spec"].get("clients") or []]
-        places = [(kind, each) for kind in (JOB, CONFIG_MAP) for each in sorted({own, *of_owners})]
+        places = [(kind, each) for kind in (JOB, CONFIG_MAP) for each in sorted(_namespaces(found))]
         left = [await self._delete_in(found, kind, namespace, uid) for kind, namespace in [*places, (SERVICE, own)]]
-        return any(left) or any(not is_over(each) for each in children.jobs_of(uid))
+        return any(left) or any(not is_over(each) for each in _within(found, children.jobs_of(uid)))
 
     async def _delete_in(self, found: Object, kind: Kind, namespace: str, uid: str) -> bool:
         """The same in one namespace. An owner who has taken our rights away does not hold the job back: what still
@@ -104,8 +103,9 @@ class Aftermath:
         """An ended job keeps what cleanPodPolicy says, for as long as ttlSecondsAfterFinished says."""
         uid = found["metadata"]["uid"]
         policy = found["spec"].get("cleanPodPolicy", "Running")
-        left = [*children.jobs_of(uid), *children.pods_of(uid)] if policy == "All" else []
-        running = [each for each in children.jobs_of(uid) if not is_over(each)] if policy == "Running" else []
+        jobs, pods = _within(found, children.jobs_of(uid)), _within(found, children.pods_of(uid))
+        left = [*jobs, *pods] if policy == "All" else []
+        running = [each for each in jobs if not is_over(each)] if policy == "Running" else []
         if (left or running) and not await self._versions.is_current(found):
             return 0.0
         if left:
@@ -130,7 +130,21 @@ class Aftermath:
         return None
 
     async def remove_orphans(self, strangers: Iterable[Object]) -> None:
-        """Jobs of an earlier job of this name, whose finalizer somebody took away."""
+        """Jobs of an earlier job of this name, whose finalizer somebody took away. Anybody can write such labels where
+        we may not delete: that hinders nobody."""
         for child in strangers:
             metadata = child["metadata"]
-            await self._cluster.delete(JOB, metadata["namespace"], metadata["name"], metadata["uid"])
+            with suppress(Refused):
+                await self._cluster.delete(JOB, metadata["namespace"], metadata["name"], metadata["uid"])
+
+
+def _namespaces(found: Object) -> set[str]:
+    """Where a job's children are: its own namespace, and its owners'."""
+    clients = found["spec"].get("clients") or []
+    return {found["metadata"]["namespace"], *(each["dataset"].get("namespace", "default") for each in clients)}
+
+
+def _within(found: Object, children: Iterable[Object]) -> list[Object]:
+    """Those in the job's namespaces: elsewhere anybody can write its labels."""
+    namespaces = _namespaces(found)
+    return [each for each in children if each["metadata"].get("namespace") in namespaces]

@@ -13,6 +13,7 @@ from feddiff_protocol.stages import Stage
 from .workloads import CONTAINER
 
 Object = Mapping[str, Any]
+CONTROLLER_UID = "batch.kubernetes.io/controller-uid"  # written by the Job controller
 
 
 def key_of(job: Object) -> StageKey:
@@ -65,12 +66,15 @@ def job_name_of(pod: Object) -> str:
 
 
 def pods_of(job: Object, pods: Iterable[Object]) -> list[Object]:
-    """The Job's own pods, not those of an earlier Job of the same name that somebody deleted."""
+    """The Job's own pods: not those of an earlier Job of the same name that somebody deleted, nor what bears the labels
+    in another namespace."""
+    metadata = job["metadata"]
     return [
         pod
         for pod in pods
         if job_name_of(pod) == name_of(job)
-        and labels_of(pod).get("batch.kubernetes.io/controller-uid") in (None, job["metadata"].get("uid"))
+        and pod["metadata"].get("namespace") == metadata.get("namespace")
+        and labels_of(pod).get(CONTROLLER_UID) == metadata.get("uid")
     ]
 
 

@@ -377,6 +377,9 @@ class Reconciler:
             self.doubted.setdefault(uid, set()).add(client)
             self.recorder.record(scene.found, "LedgerRefused", str(refusal), warning=True)
             return False
+        except Refused as error:  # an owner who has not given us its role yet, or has taken it back
+            self._hindered(scene, f"ledger of {client}: {error}")
+            return False
         self.doubted.get(uid, set()).discard(client)
         if isinstance(action, ChargeReservation):
             self.metrics.charged()
@@ -439,8 +442,11 @@ class Reconciler:
             self.refused.setdefault(scene.uid, {})[client] = str(error)
             self.recorder.record(scene.found, Reason.INVALID_POD_TEMPLATE, str(error), warning=True)
         except Refused as error:  # a quota, a missing role: somebody can mend it while we wait
-            hindrance = f"{stage} {client}".strip() + f": {error}"
-            self.hindrances[scene.uid] = (*self.hindrances.get(scene.uid, ()), hindrance)
+            self._hindered(scene, f"{stage} {client}".strip() + f": {error}")
+
+    def _hindered(self, scene: "_Scene", words: str) -> None:
+        """For the next look to say, and to try again."""
+        self.hindrances[scene.uid] = (*self.hindrances.get(scene.uid, ()), words)
 
     def _spec(
         self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]

@@ -287,6 +287,10 @@ def test_what_helm_keeps_is_the_kinds_the_policies_and_their_parameters() -> Non
         ("admission.caps.imageRegistries={https://registry.example}", "/admission/caps/imageRegistries/0"),
         ("networkPolicy.store.ports={http}", "/networkPolicy/store/ports/0"),
         ("networkPolicy.store.to[0].ipblock.cidr=10.0.0.0/8", "ipblock"),
+        ("networkPolicy.store.ports=null", "ports"),  # a list whose entries are all commented out would open everything
+        ("networkPolicy.store.to=null", "to"),
+        ("networkPolicy.apiServer.cidrs=null", "cidrs"),
+        ("networkPolicy.dns=null", "dns"),
         ("monitoring.podmonitor=true", "podmonitor"),
         ("monitoring.interval=soon", "/monitoring/interval"),
         ("monitoring.severities.FeddiffNoLeader=panic", "/monitoring/severities/FeddiffNoLeader"),

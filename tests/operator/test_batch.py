@@ -45,6 +45,14 @@ def test_pods_of_an_earlier_job_of_the_same_name_are_not_the_jobs() -> None:
     assert batch.pods_of(release(), [earlier, other, own]) == [own]
 
 
+def test_what_only_bears_a_jobs_labels_is_no_pod_of_it() -> None:
+    """Anybody can write them in another namespace; the Job controller says which Job it made a pod for."""
+    metadata = (own := pod(release()))["metadata"]
+    labels = {name: value for name, value in metadata["labels"].items() if not name.endswith("controller-uid")}
+    forged = [{**own, "metadata": {**metadata, **other}} for other in ({"namespace": "elsewhere"}, {"labels": labels})]
+    assert batch.pods_of(release(), [*forged, own]) == [own]
+
+
 def test_a_pod_that_says_nothing_yet_is_pending_and_has_no_exit_code() -> None:
     silent: Object = {"metadata": {"name": "p"}}
     assert batch.phase_of(silent) == "Pending" and batch.exit_code_of(silent) is None

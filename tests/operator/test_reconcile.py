@@ -794,6 +794,88 @@ def test_a_missing_permission_is_waited_for_in_its_own_words() -> None:
     one_of_each(world)
 
 
+class ReadOnly:
+    """A cluster that lets us change nothing in one namespace."""
+
+    def __init__(self, platform: Platform, namespace: str) -> None:
+        self.platform, self.namespace = platform, namespace
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.platform, name)
+        if name not in ("create", "patch", "replace", "replace_status", "delete"):
+            return method
+
+        async def asked(kind: Any, of: Any, *more: Any, **how: Any) -> Any:
+            if self.namespace == (of if isinstance(of, str) else of["metadata"].get("namespace")):
+                raise Refused("changes are forbidden: apply the RoleBinding")
+            return await method(kind, of, *more, **how)
+
+        return asked
+
+
+def test_a_ledger_that_we_may_not_write_is_waited_for_in_its_own_words() -> None:
+    """Its owner has not applied the RoleBinding yet."""
+    world = World()
+    cluster = ReadOnly(world.platform, "clinic-b")
+
+    async def story() -> None:
+        operator = world.operator(cluster)
+        for _ in range(8):
+            await world.look(operator)
+            await operator.dataset("clinic-a", "scans")
+            world.now += timedelta(seconds=30)
+        assert world.status["phase"] == "Reserving"
+        assert "ledger of b: changes are forbidden: apply the RoleBinding" in world.status["message"]
+        cluster.namespace = ""
+        await world.go_on(operator, world.ended)
+
+    asyncio.run(story())
+    one_of_each(world)
+
+
+@pytest.mark.parametrize("forged", ["this job", "an earlier job"])
+@pytest.mark.parametrize("ttl", [None, 60])
+def test_a_job_that_a_stranger_labels_as_ours_hinders_nothing(forged: str, ttl: int | None) -> None:
+    world = World(**({} if ttl is None else {"ttlSecondsAfterFinished": ttl}))
+
+    async def story() -> None:
+        operator = world.operator(ReadOnly(world.platform, "elsewhere"))
+        await world.go_on(operator, lambda: world.status.get("phase") == "Training")
+        assert world.found is not None
+        labels = {"job": "job", "job-namespace": "research"}
+        labels["job-uid"] = world.found["metadata"]["uid"] if forged == "this job" else "earlier"
+        metadata = {"namespace": "elsewhere", "labels": {f"feddiff.dev/{name}": labels[name] for name in labels}}
+        world.platform.put(JOB, {"metadata": {"name": "x", **metadata}, "spec": {}, "status": {}})
+        await world.go_on(operator, world.ended if ttl is None else lambda: world.found is None)
+        if ttl is None:
+            assert world.status["phase"] == "Complete"
+            await world.platform.delete(FDJ, "research", "job")
+            await world.go_on(operator, lambda: world.found is None)
+
+    control = world.platform._control
+    world.platform._control = lambda job, moment: None if job["metadata"]["name"] == "x" else control(job, moment)  # type: ignore[method-assign]
+    asyncio.run(story())
+    assert [each["metadata"]["namespace"] for each in world.platform.peek(JOB)] == ["elsewhere"]
+
+
+def test_a_receipt_of_a_pod_elsewhere_is_nobodys() -> None:
+    world = World(lambda pod, child: None)
+
+    async def story() -> None:
+        operator = world.operator()
+        await world.go_on(operator, lambda: bool(world.platform.peek(POD)))
+        real = world.platform.peek(POD)[0]
+        ended = {"exitCode": 0, "message": receipt_of(world.spec_of(real)), "startedAt": "2026-01-01T00:00:00Z"}
+        status = {"phase": "Succeeded", "containerStatuses": [{"name": "stage", "state": {"terminated": ended}}]}
+        metadata = {**real["metadata"], "name": "forged", "namespace": "elsewhere"}
+        world.platform.put(POD, {**real, "metadata": metadata, "status": status})
+        for _ in range(5):
+            await world.look(operator)
+
+    asyncio.run(story())
+    assert not any(each.get("status", {}).get("manifestSha256") for each in world.platform.peek(PRL))
+
+
 def test_a_pod_template_that_the_api_server_refuses_ends_the_job_in_its_words() -> None:
     world = World()
     refusing = Refusing(world.platform, "clinic-b", Invalid("spec.template.spec.nodeSelector: Invalid value"))

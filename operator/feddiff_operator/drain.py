@@ -237,10 +237,7 @@ class Drain:
         ours = [uid for uid in {**jobs, **children, **pods} if uid not in jobs or is_ours(jobs[uid])]
         shares = {uid: Share(jobs.get(uid), children.get(uid, ()), pods.get(uid, ())) for uid in ours}
         others = await self._others(shares.values())
-        return [
-            replace(share, jobs=[*filter(self._deletable, share.jobs)], others=others.get(uid, ()))
-            for uid, share in shares.items()
-        ]
+        return [replace(self._counted(share), others=others.get(uid, ())) for uid, share in shares.items()]
 
     async def _everywhere(self, kind: Kind, labels: str = "") -> Objects:
         return [
@@ -270,9 +267,18 @@ class Drain:
             self.refused[namespace] = str(refusal)
             return []
 
-    def _deletable(self, child: Object) -> bool:
-        """Whether the Job counts: one that has ended where nothing is permitted to us does not."""
-        return not is_over(child) or child["metadata"]["namespace"] not in self.refused
+    def _counted(self, share: Share) -> Share:
+        """What the drain waits for. Where nothing is permitted to us only what runs of a job in one of its namespaces:
+        anybody can write labels elsewhere, and a pod that bears them has to have a Job beside it."""
+        own = namespaces_of(replace(share, jobs=()))
+
+        def counts(child: Object) -> bool:
+            namespace = child["metadata"]["namespace"]
+            return namespace not in self.refused or (namespace in own and not is_over(child))
+
+        jobs = [*filter(counts, share.jobs)]
+        places = own | {child["metadata"]["namespace"] for child in jobs}
+        return replace(share, jobs=jobs, pods=[pod for pod in share.pods if pod["metadata"]["namespace"] in places])
 
     # -- the Lease
 

@@ -33,6 +33,7 @@ from feddiff_operator.cluster import (
 from feddiff_operator.drain import AFTERWARDS_SECONDS, Drain, main
 from feddiff_operator.lease import Election
 from feddiff_protocol.errors import ConfigurationInvalid, Interrupted
+from feddiff_protocol.labels import JOB_UID
 from many_jobs import Hospital, Object, Operator, books_in_order, made_twice
 from virtual_time import now, run
 
@@ -326,6 +327,36 @@ def test_an_owner_who_forbids_everything_holds_the_drain_back_only_while_somethi
         assert [each["metadata"]["finalizers"] for each in hospital.peek(FDJ)] == [[]]
 
     run(story())
+
+
+@pytest.mark.parametrize("of_a_job", [True, False])
+def test_what_a_stranger_labels_where_we_may_change_nothing_holds_no_drain_back(of_a_job: bool) -> None:
+    async def story() -> None:
+        hospital = await in_flight(1)
+        uid = hospital.peek(FDJ)[0]["metadata"]["uid"] if of_a_job else "nobodys"
+        metadata = {"name": "x", "namespace": "elsewhere", "labels": {JOB_UID: uid}}
+        async with platform_of(hospital):
+            forged = {JOB: {"spec": {}, "status": {}}, POD: {"spec": {}, "status": {"phase": "Running"}}}
+            listed = {kind: {**body, "metadata": dict(metadata)} for kind, body in forged.items()}
+            await Drain(Forged(Forbidding(hospital, "elsewhere"), listed), PLACE).run(60)  # type: ignore[arg-type]
+        assert [hospital.peek(kind) for kind in CHILDREN] == [[] for _ in CHILDREN]
+        assert [each["metadata"]["finalizers"] for each in hospital.peek(FDJ)] == [[]]
+
+    run(story())
+
+
+class Forged:
+    """An API server that lists a Job and a pod more, which somebody made."""
+
+    def __init__(self, inner: Any, listed: dict[Kind, Object]) -> None:
+        self.inner, self.listed = inner, listed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def list(self, kind: Kind, namespace: str | None, labels: str = "") -> Any:
+        found = await self.inner.list(kind, namespace, labels)
+        return [*found, self.listed[kind]] if kind in self.listed and namespace is None else found
 
 
 def test_a_job_that_somebody_else_carries_out_is_left_alone() -> None:

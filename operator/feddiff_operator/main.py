@@ -50,6 +50,7 @@ LOOK_SECONDS = 5.0  # how often the streams are looked at, and the loop proves t
 RECONCILE_SECONDS = 300.0  # one look at one object; cut off, it goes on where it was at its next turn
 DATASET_DELAY_SECONDS = 0.5  # a ledger's own writes come back as several events
 SETTLE_SECONDS = 0.5  # a watch that brings nothing for so long has brought what was listed
+LISTED_SECONDS = 30.0  # and so has one that is open for so long, whatever else it brings
 GRACE_SECONDS = 5.0  # for what is being reconciled when the process is told to stop
 LEASE_QPS, LEASE_BURST = 10.0, 20  # a rate of its own: the election must not wait behind a thousand Jobs
 
@@ -218,8 +219,9 @@ class Operator:
     # -- leading
 
     async def _elect(self) -> None:
-        """A candidate has seen everything that there is."""
-        while not all(map(self._settled, self._paths - self._watches.forbidden)):
+        """A candidate has seen everything that there is. Where events never pause it has after a while: what was listed
+        comes first."""
+        while not all(map(self._listed, self._paths - self._watches.forbidden)):
             await asyncio.sleep(0.1)
         await self._election.run(self._begin, self._end)
 
@@ -325,6 +327,10 @@ class Operator:
         """Whether what was listed there has arrived: the watch is open, and for a moment nothing has come."""
         opened = self._watches.opened_at(path)
         return opened is not None and time.monotonic() - max(opened, self._heard.get(path, 0.0)) > SETTLE_SECONDS
+
+    def _listed(self, path: str) -> bool:
+        opened = self._watches.opened_at(path)
+        return self._settled(path) or (opened is not None and time.monotonic() - opened > LISTED_SECONDS)
 
     def _path(self, kind: Kind, namespace: str) -> str:
         return kind.path(namespace if self._settings.namespaces else None)

@@ -5,6 +5,7 @@ The API server sends a bookmark a minute on a stream without events, so a stream
 well the others do, and however alive everything else looks (kopf #1276, #957, #1145).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ class Watches:
         self._clock, self._observe = clock, observe
         self._streams: dict[str, _Stream] = {}
         self._listings: dict[str, int] = {}
+        self._listed_at: dict[str, float] = {}  # when the last listing began
         self._reopened: dict[str, int] = {}
         self.forbidden: set[str] = set()  # paths that their owner does not let us see, now
         self.trace = aiohttp.TraceConfig()
@@ -52,9 +54,11 @@ class Watches:
         return frozenset(self._streams)
 
     def opened_at(self, path: str) -> float | None:
-        """When the watch there was last opened; None before the first time."""
+        """When the watch there was last opened; None before the first time, and while the objects are listed anew."""
         stream = self._streams.get(path)
-        return None if stream is None else stream.opened_at
+        if stream is None or stream.opened_at <= self._listed_at.get(path, -math.inf):
+            return None
+        return stream.opened_at
 
     def listings(self, path: str) -> int:
         """How often the objects there were listed: at the start, and whenever a watch could not go on."""
@@ -76,7 +80,7 @@ class Watches:
         context.began = self._clock()
         url = parameters.url
         if verb_of(url, "GET") == "list" and "continue" not in url.query:
-            self._listings[url.path] = self.listings(url.path) + 1
+            self._listings[url.path], self._listed_at[url.path] = self.listings(url.path) + 1, context.began
 
     async def _ended(
         self, _: aiohttp.ClientSession, context: SimpleNamespace, parameters: aiohttp.TraceRequestEndParams

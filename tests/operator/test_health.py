@@ -105,6 +105,27 @@ def test_the_pages_say_what_is_wrong() -> None:
     asyncio.run(_served(pages, visit))
 
 
+def test_a_watch_whose_objects_are_listed_anew_is_not_open() -> None:
+    """What it brought before says nothing of what the new listing will bring."""
+    clock, path = [1000.0], "/api/v1/pods"
+
+    async def answer(request: web.Request) -> web.Response:
+        clock[0] += 1
+        return web.json_response({})
+
+    async def visit(root: str) -> None:
+        watches, seen = Watches(lambda: clock[0], lambda *_: None), []
+        async with aiohttp.ClientSession(root, trace_configs=[watches.trace]) as session:
+            for asked in ({}, {"watch": "true"}, {"watch": "true"}, {}, {"continue": "x"}, {"watch": "true"}):
+                async with session.get(path, params=asked):
+                    seen.append((watches.listings(path), watches.opened_at(path)))
+        assert seen == [(1, None), (1, 1002), (1, 1003), (2, None), (2, None), (2, 1006)]
+
+    pages = web.Application()
+    pages.add_routes([web.get(path, answer)])
+    asyncio.run(_served(pages, visit))
+
+
 class ApiServer:
     """A watch endpoint that sends a line whenever it is told to, and cuts the stream when told so."""
 

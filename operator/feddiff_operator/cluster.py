@@ -8,9 +8,9 @@ told apart by what the caller has to do next.
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import aiohttp
 from kubernetes.aio import config
@@ -18,6 +18,8 @@ from kubernetes.aio.client import ApiClient, Configuration
 
 Object = dict[str, Any]
 Objects = list[Object]
+X = TypeVar("X")
+Y = TypeVar("Y")
 
 FIELD_MANAGER: Final = "feddiff-operator"
 PAGE: Final = 500  # objects in one answer to a list
@@ -260,6 +262,17 @@ def _seconds(retry_after: str | None) -> float:
     return min(float(retry_after), LONGEST_PAUSE_SECONDS) if retry_after and retry_after.isdigit() else 0.0
 
 
+async def few_at_a_time(call: Callable[[X], Awaitable[Y]], arguments: Iterable[X], few: int = 8) -> list[Y]:
+    """What the call returns for each of the arguments. One job of a thousand clients takes turns with the others."""
+    free = asyncio.Semaphore(few)
+
+    async def one(argument: X) -> Y:
+        async with free:
+            return await call(argument)
+
+    return await asyncio.gather(*map(one, arguments))
+
+
 class TokenBucket:
     """At most `burst` calls at once and `qps` a second in the long run, first come first served."""
 
@@ -279,7 +292,11 @@ class TokenBucket:
         self._tokens = min(self._burst, self._tokens + (now - self._counted_at) * self._qps) - 1
         self._counted_at = now
         if self._tokens < 0:
-            await self._sleep(-self._tokens / self._qps)
+            try:
+                await self._sleep(-self._tokens / self._qps)
+            except asyncio.CancelledError:  # nobody waits for it any more: those behind need not, either
+                self._tokens += 1
+                raise
 
     def pause(self, seconds: float) -> None:
         """No further call for so long. Several answers to calls made at once do not add up."""

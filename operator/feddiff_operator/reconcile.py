@@ -5,12 +5,11 @@ children's own objects and from the ledgers, what to do next from the protocol's
 has a name that follows from what it is, so that doing it twice is doing it once.
 """
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
@@ -65,6 +64,7 @@ from .cluster import (
     Kind,
     Object,
     Refused,
+    few_at_a_time,
 )
 from .durations import ended_now
 from .events import Recorder
@@ -211,7 +211,7 @@ class Reconciler:
             elif entry is not None and dataset is not None and self._holds(scene, entry, dataset):
                 found[client.name] = ClientLedger(self._parsed(dataset), Hold.RESERVED, "", entry)
         others = [client.name for client in scene.job.spec.clients if client.name not in found]
-        looks = await asyncio.gather(*(self._look(scene, name) for name in others))
+        looks = await few_at_a_time(partial(self._look, scene), others)
         found |= dict(zip(others, looks, strict=True))
         return {client.name: found[client.name] for client in scene.job.spec.clients}
 
@@ -338,7 +338,7 @@ class Reconciler:
         asked: list[Reserve | ChargeReservation | GiveBack]
         asked = [action for action in decision.actions if isinstance(action, Reserve | GiveBack)]
         asked += [ChargeReservation(client) for client in charges if all(rehearsals)]
-        answers = await asyncio.gather(*(self._ask(scene, action) for action in asked))
+        answers = await few_at_a_time(partial(self._ask, scene), asked)
         for action in decision.actions:
             if isinstance(action, Stop) and not _left_running(scene, decision, action):
                 await self._stop(scene, action)

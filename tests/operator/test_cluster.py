@@ -25,7 +25,9 @@ from feddiff_operator.cluster import (
     Refused,
     TokenBucket,
     Unavailable,
+    few_at_a_time,
 )
+from virtual_time import now, run
 
 Object = dict[str, Any]
 
@@ -120,6 +122,38 @@ def test_a_server_that_asks_for_a_pause_gets_it_once() -> None:
     for _ in range(5):  # five calls were on their way when it asked
         bucket.pause(2)
     assert times(bucket, time, 2) == [2.1, 2.2]
+
+
+def test_who_is_cancelled_while_it_waits_holds_nobody_up() -> None:
+    """A look that ran out of time leaves a thousand calls behind, of which none goes out."""
+
+    async def story() -> float:
+        bucket = TokenBucket(10, 1, now)
+        await bucket.take()
+        waiting = [asyncio.create_task(bucket.take()) for _ in range(1000)]
+        await asyncio.sleep(0.05)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await bucket.take()
+        return now()
+
+    assert run(story()) == pytest.approx(0.1)
+
+
+def test_a_few_calls_at_a_time_answer_in_order() -> None:
+    under_way, most = 0, 0
+
+    async def call(number: int) -> int:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(1 / (1 + number))
+        under_way -= 1
+        return 2 * number
+
+    assert run(few_at_a_time(call, range(30), few=4)) == [2 * number for number in range(30)]
+    assert most == 4 and under_way == 0
 
 
 class Told:

@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from feddiff_protocol.labels import JOB_NAME, JOB_NAMESPACE, JOB_UID
 
 from .metrics import job_facts
+from .workloads import TOO_LARGE, is_too_large
 
 V = TypeVar("V")
 
@@ -174,8 +175,17 @@ def kept_pod(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kept(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A job, dataset or entry as it is kept: everything but managedFields."""
-    return _kept(body)
+    """A job, dataset or entry as it is kept: everything but managedFields, and overlays too large to be used."""
+    spec: dict[str, Any] = _without_large_overlay(body.get("spec") or {})
+    if isinstance(shared := spec.get("shared"), dict):
+        spec = {**spec, "shared": _without_large_overlay(shared)}
+    return _kept(body, spec=spec)
+
+
+def _without_large_overlay(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A megabyte of `{}` takes forty in memory."""
+    large = "podTemplate" in spec and is_too_large(spec["podTemplate"])
+    return {**spec, "podTemplate": TOO_LARGE} if large else dict(spec)
 
 
 def _kept(body: Mapping[str, Any], **parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ children's own objects and from the ledgers, what to do next from the protocol's
 has a name that follows from what it is, so that doing it twice is doing it once.
 """
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ from .status import ended, job_status
 from .versions import Versions
 from .workloads import InvalidPodTemplate, Setting, check_overlay, places, stage_objects
 
+WORDS_LENGTH = 1000  # of what is wrong with a job, which several conditions repeat
 ASK_AGAIN_SECONDS = 30.0  # for what no watch tells of: a quota, a missing permission, a dataset that somebody mends
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (JOB, CONFIG_MAP, SERVICE)}
 
@@ -149,7 +151,8 @@ class Reconciler:
         job = self.understood(found)
         if isinstance(job, SpecInvalid):
             reason = Reason.INVALID_POD_TEMPLATE if isinstance(job, InvalidPodTemplate) else Reason.INVALID_SPEC
-            await self._publish(found, not_accepted(reason, str(job)), Observed({}))
+            words = textwrap.shorten(str(job), WORDS_LENGTH, placeholder="…")
+            await self._publish(found, not_accepted(reason, words), Observed({}))
             return 0.0
         return await self._one_step(found, job, children)
 

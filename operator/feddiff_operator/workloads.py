@@ -6,6 +6,7 @@ same objects under the same names. What owners and researchers may lay over a po
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,10 @@ SPEC_FILE = "spec.json"
 MASTER_PORT = 29500
 USER = 65532  # nobody's: an image that names no user of its own would be refused as root
 GRACE_SECONDS = 60  # to save a checkpoint after SIGTERM
+
+
+LARGEST_OVERLAY = 64 * 1024  # bytes as JSON: what is larger is not kept in memory, nor laid over anything
+TOO_LARGE = {"tooLarge": True}  # stands for such a one
 
 
 class InvalidPodTemplate(SpecInvalid):
@@ -336,8 +341,14 @@ def _credentials(attempt: _Attempt) -> list[Manifest]:
 # ---- Overlays ----------------------------------------------------------------------------------------------------
 
 
+def is_too_large(overlay: Mapping[str, Any]) -> bool:
+    return len(json.dumps(overlay)) > LARGEST_OVERLAY
+
+
 def check_overlay(overlay: Mapping[str, Any], path: str, *, identities: bool = False) -> None:
     """Raises InvalidPodTemplate, naming the field, unless everything in `overlay` is allowed."""
+    if overlay == TOO_LARGE or is_too_large(overlay):
+        raise InvalidPodTemplate(f"{path}: expected at most {LARGEST_OVERLAY // 1024} KiB as JSON, found more")
     empty = {"metadata": {"labels": {}}, "spec": {"volumes": [], "containers": [{}]}}
     laid_over(empty, overlay, path, identities=identities)
 

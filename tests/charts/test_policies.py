@@ -598,6 +598,19 @@ def test_the_operator_makes_no_other_job_than_a_stages(
     assert words not in attempt(cluster, "editor", each)  # others answer to Pod Security
 
 
+def test_the_operator_takes_no_label_off_a_job_that_waits(cluster: ControlPlane) -> None:
+    """A suspended Job's pod template may still change: without the label no NetworkPolicy would select the pod."""
+    each = stage_job()
+    each["metadata"]["name"], each["spec"]["suspend"] = "waits", True
+    cluster.kubectl("create", "-f", "-", user=kubeconfig(cluster, "operator"), stdin=json.dumps(each))
+    patch = ("patch", "job", "waits", "-n", "clinic-a", "--type=merge", "-p")
+    off = {"spec": {"template": {"metadata": {"labels": {"feddiff.dev/stage": None}}}}}
+    assert "carry the label feddiff.dev/stage" in attempt_command(cluster, "operator", *patch, json.dumps(off))
+    said = {"metadata": {"annotations": {"feddiff.dev/stopped": "Suspended"}}, "spec": {"activeDeadlineSeconds": 0}}
+    assert attempt_command(cluster, "operator", *patch, json.dumps(said)) == ""
+    cluster.kubectl("delete", "job", "waits", "-n", "clinic-a")
+
+
 def test_a_job_where_the_operator_may_not_act_is_refused_with_the_way_out(cluster: ControlPlane) -> None:
     refused = attempt(cluster, "admin", job(namespace="clinic-b"))
     assert (

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feddiff_operator.children import Once, Seen, Shelf, kept, kept_job, kept_pod, owner_of
+from feddiff_operator.workloads import TOO_LARGE, InvalidPodTemplate, check_overlay
 
 Object = dict[str, Any]
 
@@ -73,6 +74,26 @@ def test_only_what_is_read_later_is_kept() -> None:
     assert pod["spec"] == {"nodeName": "n"}
     assert kept(child("a"))["spec"] == child("a")["spec"] and kept(child("a"))["status"] == child("a")["status"]
     assert all("managedFields" not in each["metadata"] for each in (job, pod, kept(child("a"))))
+
+
+@pytest.mark.parametrize("within", [[], ["shared"]])
+def test_an_overlay_too_large_to_be_used_is_not_kept(within: list[str]) -> None:
+    """Many of them would fill the operator's memory: a megabyte of `{}` is forty of Python objects."""
+    for count, stays in ((100, True), (500_000, False)):
+        overlay: Object = {"spec": {"volumes": [{}] * count}}
+        spec: Object = {"podTemplate": overlay, "images": 7}
+        for name in within:
+            spec = {name: spec}
+        found = kept({**child("a"), "spec": spec})["spec"]
+        for name in within:
+            found = found[name]
+        assert found == {"podTemplate": overlay if stays else TOO_LARGE, "images": 7}
+        if stays:
+            check_overlay(overlay, "spec.podTemplate")
+            continue
+        for large in (found["podTemplate"], overlay):
+            with pytest.raises(InvalidPodTemplate, match="at most 64 KiB as JSON"):
+                check_overlay(large, "spec.podTemplate")
 
 
 def test_a_dataset_is_found_by_its_name_and_releases_by_their_job() -> None:

@@ -195,7 +195,10 @@ class Reconciler:
             return child
         metadata = child["metadata"]
         change = {"metadata": {"annotations": record}}
-        await self.cluster.patch(JOB, metadata["namespace"], metadata["name"], change)
+        with suppress(
+            Refused
+        ):  # an owner who took our rights away: for as long as its pod is there it speaks for itself
+            await self.cluster.patch(JOB, metadata["namespace"], metadata["name"], change)
         if (end := ended_now(child, pods, record)) is not None:
             self.metrics.stage_ended(end.stage, end.result, end.waited_seconds, end.ran_seconds)
         return {**child, "metadata": {**metadata, "annotations": {**(metadata.get("annotations") or {}), **record}}}
@@ -396,8 +399,9 @@ class Reconciler:
             await self._suspend(metadata["namespace"], metadata["name"], {STOPPED: reason})
 
     async def _suspend(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None:
-        """The batch Job is stopped, and says why."""
-        await self.cluster.patch(JOB, namespace, name, stopping(annotations))
+        """The batch Job is stopped, and says why; where its owner took our rights away it runs on."""
+        with suppress(Refused):
+            await self.cluster.patch(JOB, namespace, name, stopping(annotations))
 
     async def _start(
         self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]

@@ -833,6 +833,27 @@ def test_a_ledger_that_we_may_not_write_is_waited_for_in_its_own_words() -> None
     one_of_each(world)
 
 
+def test_an_owner_who_takes_its_rights_back_while_its_pod_runs_holds_the_others_up_no_longer() -> None:
+    def outcome(pod: Object, child: Object) -> tuple[int, str] | None:
+        spec = world.spec_of(pod)
+        return None if spec.get("client") == "b" else (0, receipt_of(spec))
+
+    world = World(outcome, quorum=1, deadlines={"releaseSeconds": 600})
+    cluster = ReadOnly(world.platform, "")
+
+    async def story() -> None:
+        operator = world.operator(cluster)
+        await world.go_on(operator, lambda: {"clinic-a", "clinic-b"} <= pods_in(world))
+        cluster.namespace = "clinic-b"
+        await world.go_on(operator, lambda: world.status["phase"] in ("Complete", "Failed"))
+
+    def pods_in(world: World) -> set[str]:
+        return {pod["metadata"]["namespace"] for pod in world.platform.peek(POD)}
+
+    asyncio.run(story())
+    assert world.status["phase"] == "Complete", world.status
+
+
 @pytest.mark.parametrize("forged", ["this job", "an earlier job"])
 @pytest.mark.parametrize("ttl", [None, 60])
 def test_a_job_that_a_stranger_labels_as_ours_hinders_nothing(forged: str, ttl: int | None) -> None:

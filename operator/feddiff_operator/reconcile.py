@@ -194,14 +194,15 @@ class Reconciler:
         if record is None:
             return child
         metadata = child["metadata"]
+        recorded = {**child, "metadata": {**metadata, "annotations": {**(metadata.get("annotations") or {}), **record}}}
         change = {"metadata": {"annotations": record}}
-        with suppress(
-            Refused
-        ):  # an owner who took our rights away: for as long as its pod is there it speaks for itself
+        try:
             await self.cluster.patch(JOB, metadata["namespace"], metadata["name"], change)
+        except Refused:  # by an owner who took our rights away: its pod speaks for itself, while it is there
+            return recorded
         if (end := ended_now(child, pods, record)) is not None:
             self.metrics.stage_ended(end.stage, end.result, end.waited_seconds, end.ran_seconds)
-        return {**child, "metadata": {**metadata, "annotations": {**(metadata.get("annotations") or {}), **record}}}
+        return recorded
 
     async def _ledgers(self, scene: "_Scene", children: Children) -> dict[str, ClientLedger]:
         """What every client's ledger says. A charge is never undone, so one that a watch has shown is believed; so is

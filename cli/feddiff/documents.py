@@ -230,7 +230,8 @@ def overlap(path: str, other: str) -> bool:
     one, two = Path(path), Path(other)
     if one.is_relative_to(two) or two.is_relative_to(one):
         return True
-    return bool(_file_number(path)) and _file_number(path) == _file_number(other)
+    number = _file_number(path)
+    return bool(number) and number == _file_number(other)
 
 
 def _listed(files: Sequence[Path]) -> str:

@@ -83,7 +83,7 @@ class Aftermath:
     async def _delete_children(self, found: Object, children: Children) -> bool:
         """Whether there were any left. Read anew, and in every namespace of the job: a watch may be late."""
         uid, own = found["metadata"]["uid"], found["metadata"]["namespace"]
-        places = [(kind, each) for kind in (JOB, CONFIG_MAP) for each in sorted(_namespaces(found))]
+        places = [(kind, each) for kind in (JOB, CONFIG_MAP) for each in sorted(namespaces_of_job(found))]
         left = [await self._delete_in(found, kind, namespace, uid) for kind, namespace in [*places, (SERVICE, own)]]
         return any(left) or any(not is_over(each) for each in _within(found, children.jobs_of(uid)))
 
@@ -138,7 +138,7 @@ class Aftermath:
                 await self._cluster.delete(JOB, metadata["namespace"], metadata["name"], metadata["uid"])
 
 
-def _namespaces(found: Object) -> set[str]:
+def namespaces_of_job(found: Object) -> set[str]:
     """Where a job's children are: its own namespace, and its owners'."""
     clients = found["spec"].get("clients") or []
     return {found["metadata"]["namespace"], *(each["dataset"].get("namespace", "default") for each in clients)}
@@ -146,5 +146,5 @@ def _namespaces(found: Object) -> set[str]:
 
 def _within(found: Object, children: Iterable[Object]) -> list[Object]:
     """Those in the job's namespaces: elsewhere anybody can write its labels."""
-    namespaces = _namespaces(found)
+    namespaces = namespaces_of_job(found)
     return [each for each in children if each["metadata"].get("namespace") in namespaces]

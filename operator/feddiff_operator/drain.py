@@ -22,7 +22,7 @@ from kubernetes.aio.config import ConfigException
 from feddiff_protocol.errors import ConfigurationInvalid, FeddiffError, Interrupted, UsageInvalid
 from feddiff_protocol.labels import JOB_UID, MANAGER, STOPPED
 
-from .aftermath import FINALIZER
+from .aftermath import FINALIZER, namespaces_of_job
 from .cluster import (
     CONFIG_MAP,
     FDJ,
@@ -125,12 +125,8 @@ def is_ours(job: Mapping[str, Any]) -> bool:
 
 def namespaces_of(share: Share) -> set[str]:
     """Where objects of the job can be: its own namespace, its owners', and where its Jobs are."""
-    found = {child["metadata"]["namespace"] for child in share.jobs}
-    if share.job is not None:
-        clients = share.job["spec"].get("clients") or []
-        found |= {each["dataset"].get("namespace", "default") for each in clients}
-        found.add(share.job["metadata"]["namespace"])
-    return found
+    own = set() if share.job is None else namespaces_of_job(share.job)
+    return own | {child["metadata"]["namespace"] for child in share.jobs}
 
 
 def _finalizers(job: Mapping[str, Any]) -> list[str]:
@@ -270,15 +266,15 @@ class Drain:
     def _counted(self, share: Share) -> Share:
         """What the drain waits for. Where nothing is permitted to us only what runs of a job in one of its namespaces:
         anybody can write labels elsewhere, and a pod that bears them has to have a Job beside it."""
-        own = namespaces_of(replace(share, jobs=()))
+        own = set() if share.job is None else namespaces_of_job(share.job)
 
         def counts(child: Object) -> bool:
             namespace = child["metadata"]["namespace"]
             return namespace not in self.refused or (namespace in own and not is_over(child))
 
-        jobs = [*filter(counts, share.jobs)]
-        places = own | {child["metadata"]["namespace"] for child in jobs}
-        return replace(share, jobs=jobs, pods=[pod for pod in share.pods if pod["metadata"]["namespace"] in places])
+        left = replace(share, jobs=[*filter(counts, share.jobs)])
+        places = namespaces_of(left)
+        return replace(left, pods=[pod for pod in share.pods if pod["metadata"]["namespace"] in places])
 
     # -- the Lease
 

@@ -22,6 +22,7 @@ from feddiff_protocol.stages import Stage
 from feddiff_protocol.telemetry import METRICS_PORT, PROGRESS_BYTES, PROGRESS_PATH, StageProgress
 
 from .batch import pods_by_job
+from .cluster import few_at_a_time
 
 ASK_SECONDS = 2.0
 ANSWER_BYTES = 1024 + PROGRESS_BYTES  # head and body together
@@ -197,14 +198,13 @@ class Progresses:
         self._asked = {target.pod: self._asked.get(target.pod, 0) for _, target in everybody}
         turn = sorted(everybody, key=lambda each: self._asked[each[1].pod])[:MOST_ASKED]
         before = {place: _percents(job.known) for place, job in self._jobs.items()}
-        gate = asyncio.Semaphore(SIDE_BY_SIDE)
-        await asyncio.gather(*(self._ask_one(gate, *each) for each in turn))
+        await few_at_a_time(self._ask_one, turn, SIDE_BY_SIDE)
         return [place for place, known in before.items() if _percents(self.of(*place)) != known]
 
-    async def _ask_one(self, gate: asyncio.Semaphore, job: _Followed, target: Target) -> None:
+    async def _ask_one(self, followed: tuple[_Followed, Target]) -> None:
+        job, target = followed
         self._asked[target.pod] = self._rounds
-        async with gate:
-            said = await self._ask(target.address)
+        said = await self._ask(target.address)
         if said is None or said.stage is not target.key[0] or target not in job.targets:
             return  # the last: it ended while it was asked, and another one may have its address
         if target.pod in job.told:

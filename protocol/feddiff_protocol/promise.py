@@ -22,6 +22,7 @@ from .errors import SpecInvalid
 from .schedule import Schedule
 
 LARGEST_MOMENTS = 2**28  # float64 values: 2 GiB
+CENTRED_FROM = 20  # records of a class from which an owner's second moment is about its own noisy mean
 
 
 @dataclass(frozen=True)

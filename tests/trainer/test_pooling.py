@@ -10,8 +10,8 @@ from torch import Tensor
 
 from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.privunit import best_cap
+from feddiff_protocol.promise import CENTRED_FROM
 from feddiff_trainer.pooling import (
-    CENTRED_FROM,
     TRACE_FLOOR,
     OwnerSummary,
     PooledMean,

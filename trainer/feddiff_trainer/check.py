@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddiff_protocol.api import ClassesSpec, ImageSpec, Mechanism, PrivacySpec, SourceSpec, Wire
-from feddiff_protocol.promise import released_image
+from feddiff_protocol.promise import CENTRED_FROM, released_image
 
 from .answering import answered
 from .frequencies import frequency_map
@@ -26,7 +26,6 @@ from .shards import layouts
 
 ROWS = 1024  # records at a time
 QUANTILES = {"min": 0.0, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "99 %": 0.99, "max": 1.0}
-FEW_RECORDS = 20  # classes of fewer are centred by the public constant
 
 
 class CheckSpec(Wire):
@@ -131,7 +130,7 @@ def _centred_norms(records: Records, centre: float, map_DD: NDArray[np.float64] 
     for rows, pixels_ND in _batches(records):
         np.add.at(sums_KD, records.labels_N[rows], pixels_ND)
     means_KD = sums_KD / np.maximum(counts_K, 1)[:, None]
-    means_KD[counts_K < FEW_RECORDS] = centre
+    means_KD[counts_K < CENTRED_FROM] = centre
     apart = (x_ND - means_KD[records.labels_N[rows]] for rows, x_ND in _batches(records))
     return np.concatenate([np.linalg.norm(u if map_DD is None else u @ map_DD, axis=1) for u in apart])
 

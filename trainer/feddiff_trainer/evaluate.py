@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from feddiff_protocol import layout
 from feddiff_protocol.api import ClassesSpec, ImageSpec, SourceSpec
 from feddiff_protocol.errors import DataInvalid, FeddiffError
-from feddiff_protocol.promise import Promise, promise_of, released_image
+from feddiff_protocol.promise import CENTRED_FROM, Promise, promise_of, released_image
 from feddiff_protocol.stages import EvaluateSpec
 
 from .classifier import train_classifier
@@ -30,7 +30,7 @@ from .inception import Inception, inception_distances, read_inception
 from .metrics import Found, ImageSet, Measures, Quality, measure_quality, minority_classes
 from .owner_page import Gallery, OwnerReport, owner_page
 from .pictures import LabelledImages, Pixels, grid, read_samples, to_pixels
-from .pooling import CENTRED_FROM, OwnerSummary, mapped, project_keeping_trace, unmapped, unpacked
+from .pooling import OwnerSummary, mapped, project_keeping_trace, unmapped, unpacked
 from .records import Records, digest_records, over_blocks, read_holdout, read_source
 from .released import GaussianRelease, PrivunitRelease, Release, Terms, read_releases
 from .report import class_name

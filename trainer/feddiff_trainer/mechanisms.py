@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddiff_protocol.errors import DataInvalid, PrivacyRefusal
+from feddiff_protocol.promise import CENTRED_FROM
 
 from .noise import Float64, Normals, from_grid, grid_step, round_to_grid
 from .records import Records
@@ -170,7 +171,7 @@ def release_summary(
     mean_std: float,
     moment_std: float,
     normals: Normals,
-    min_records_for_centre: int = 20,
+    min_records_for_centre: int = CENTRED_FROM,
     map_DD: Float64 | None = None,
 ) -> Summary:
     """The noisy sums S1 and second moments S2 of every class. docs/method.md, `summary`.
@@ -191,7 +192,9 @@ def release_summary(
     return Summary(mean_sums_KD, _with_noise(moment_sums_KM, moment_std, counts_K, normals), counts_K)
 
 
-def centres(mean_sums_KD: Float64, counts_K: Int64, centre: float, min_records_for_centre: int = 20) -> Float64:
+def centres(
+    mean_sums_KD: Float64, counts_K: Int64, centre: float, min_records_for_centre: int = CENTRED_FROM
+) -> Float64:
     """m̃_KD, about which the second moments are: S1/n clipped to [0, 1], the public constant for n below the minimum."""
     means_KD = np.clip(mean_sums_KD / np.maximum(counts_K, 1)[:, None], 0, 1)
     return np.where(counts_K[:, None] >= min_records_for_centre, means_KD, centre)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from feddiff_protocol.errors import DataInvalid
+from feddiff_protocol.promise import CENTRED_FROM
 
-CENTRED_FROM = 20  # records of a class from which an owner's second moment is about its own noisy mean
 TRACE_FLOOR = 0.01  # smallest total variance of a class, as a share of what the public guess would give
 ROWS = 4096  # images at a time in a second moment: memory stays far below N×D float64
 TINY = 1e-9  # of the mean eigenvalue: at own_weight 1 even an axis without variance keeps its own

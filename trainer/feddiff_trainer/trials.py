@@ -12,7 +12,7 @@ from decimal import Decimal
 import numpy as np
 
 from feddiff_protocol.api import ClassesSpec, ImageSpec, Mechanism
-from feddiff_protocol.promise import Promise, cap_of, promise_of, released_image, schedule_of
+from feddiff_protocol.promise import CENTRED_FROM, Promise, cap_of, promise_of, released_image, schedule_of
 from feddiff_protocol.stages import ReleaseSpec
 
 from .attacks import matched_filter
@@ -31,7 +31,6 @@ LARGEST_RELEASE = 1000  # images, each of a class of its own: the most classes t
 MATCHED_FILTER = "matched filter"
 
 GREY = 0.5  # the pixels of a class's other records, which whoever attacks knows
-FULL_CLASS = 20  # records of a class that has a centre of its own
 
 Score = Callable[..., Float64]  # of each tensor the released values of T trials, to scores_T
 
@@ -116,9 +115,7 @@ def _moment_sums(spec: ReleaseSpec, promise: Promise) -> Part:
         apart = [(farthest - centre) * half_D for half_D in _halves(image.dimensions)]
     else:
         apart = [min(centre, 1 - centre) * wave_D for wave_D in finest_waves(image)]
-    map_DD = np.eye(image.dimensions) if map_DD is None else map_DD
-    moved = [clip_l2(x_D[None] @ map_DD, clip_norm)[0] for x_D in apart]
-    clean_M, other_M = (pack_symmetric(np.outer(u_D, u_D)) for u_D in moved)
+    clean_M, other_M = (_moment(x_D, map_DD, clip_norm) for x_D in apart)
     return Part(
         f"{MATCHED_FILTER}, second moments",
         ["moment_sums"],
@@ -133,24 +130,21 @@ def _of_full_class(spec: ReleaseSpec, promise: Promise, mean: Part, moments: Par
     """The two sums of a class that has a centre of its own: who knows all but one of its records takes these off, and
     follows the centre, which the first sum says. The pair of the second is no longer the farthest apart there."""
     assert promise.mean_std is not None and promise.moment_std is not None and spec.privacy.moment_clip_norm is not None
-    clip_norm, std, known = float(spec.privacy.moment_clip_norm), promise.moment_std, FULL_CLASS - 1
+    clip_norm, std, known = float(spec.privacy.moment_clip_norm), promise.moment_std, CENTRED_FROM - 1
     map_DD = frequency_map(spec.privacy, moments.image)
     grey_D = np.full(moments.image.dimensions, GREY)
     of_grey_D = clip_l2(np.full((1, mean.image.dimensions), GREY), float(spec.privacy.clip_norm))[0]
 
-    def moment(x_D: Float64, centre_D: Float64) -> Float64:
-        apart_D = x_D - centre_D if map_DD is None else (x_D - centre_D) @ map_DD
-        (u_D,) = clip_l2(apart_D[None], clip_norm)
-        return pack_symmetric(np.outer(u_D, u_D))
-
     def score_moments(sums_TD: Float64, moments_TM: Float64) -> Float64:
         scores_T = np.empty(len(sums_TD))
-        for t, centre_D in enumerate(np.clip(sums_TD / FULL_CLASS, 0, 1)):
-            clean_M, other_M, of_grey_M = (moment(x_D, centre_D) for x_D in (*moments.pair, grey_D))
+        for t, centre_D in enumerate(np.clip(sums_TD / CENTRED_FROM, 0, 1)):
+            clean_M, other_M, of_grey_M = (
+                _moment(x_D - centre_D, map_DD, clip_norm) for x_D in (*moments.pair, grey_D)
+            )
             scores_T[t] = matched_filter(moments_TM[t : t + 1] - known * of_grey_M, clean_M, other_M, std)[0]
         return scores_T
 
-    of_class = f" of a class of {FULL_CLASS}"
+    of_class = f" of a class of {CENTRED_FROM}"
     return [
         replace(
             mean,
@@ -166,6 +160,12 @@ def _of_full_class(spec: ReleaseSpec, promise: Promise, mean: Part, moments: Par
             known=known,
         ),
     ]
+
+
+def _moment(apart_D: Float64, map_DD: Float64 | None, clip_norm: float) -> Float64:
+    """What an image that is so far apart from its centre adds to the packed second moment."""
+    (u_D,) = clip_l2((apart_D if map_DD is None else apart_D @ map_DD)[None], clip_norm)
+    return pack_symmetric(np.outer(u_D, u_D))
 
 
 def _directions(spec: ReleaseSpec) -> list[Part]:

@@ -1,10 +1,10 @@
 """What a hundred or a thousand clients cost on one machine: time by client, and memory that does not grow with them.
 
-    python benchmarks/many_clients.py OUT.jsonl [--clients 8 32 128] [--released]
+    python benchmarks/many_clients.py OUT.jsonl [--clients 8 32 128] [--until released]
 
 `feddiff split` deals random 8×8 images to the clients, 20 to each, `feddiff plan` plans their job by `summary` and
-`feddiff run` carries it out, two processes at a time, with trainings as short as can be. With --released the run is
-asked to stop when all have released, which leaves out the trainings. One row per number of clients: wall seconds, the
+`feddiff run` carries it out, two processes at a time, with trainings as short as can be. With --until the run is asked
+to stop when all have released, or when the shared denoiser is trained. One row per number of clients: wall seconds, the
 largest peak of resident memory of the engine and of one process of any stage in MiB, the largest sum over all stages at
 a time, and how many of them ran at most. Rows that OUT holds are not computed again.
 """
@@ -27,6 +27,7 @@ import psutil
 from measuring import highest_memory
 
 from feddiff.experiment import commit, cpu_model
+from feddiff_protocol.errors import Interrupted
 
 SIDE, NUM_CLASSES, RECORDS, PROCESSES = 8, 10, 20, 2
 SHORTER = {
@@ -41,15 +42,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 32, 128])
-    parser.add_argument("--released", action="store_true", help="stop when all have released")
+    parser.add_argument("--until", choices=["released", "trained", "complete"], default="complete")
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.out.open()] if arguments.out.exists() else []
     done = {(row["clients"], row["until"]) for row in rows}
-    until = "released" if arguments.released else "complete"
     for clients in arguments.clients:
-        if (clients, until) in done:
+        if (clients, arguments.until) in done:
             continue
-        row = {"benchmark": "many_clients", "clients": clients, "until": until, **measured(clients, arguments.released)}
+        row = {"benchmark": "many_clients", "clients": clients, "until": arguments.until}
+        row |= measured(clients, arguments.until)
         row |= {"processes": PROCESSES, "cpu": cpu_model(), "cores": os.cpu_count(), "commit": commit()}
         row |= {"load_average": round(os.getloadavg()[0], 2), "command": f"python {' '.join(sys.argv)}"}
         with arguments.out.open("a") as file:
@@ -57,7 +58,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
 
-def measured(clients: int, released: bool) -> dict[str, Any]:
+def measured(clients: int, until: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = np.random.default_rng(0).integers(0, 256, (clients * RECORDS, SIDE, SIDE), dtype=np.uint8)
@@ -72,7 +73,7 @@ def measured(clients: int, released: bool) -> dict[str, Any]:
         job.write_text(text)
         files = ["federation/owners.yaml", "federation/job.yaml"]
         plan_seconds = timed([*FEDDIFF, "plan", *files, "--json"], folder)
-        return {"split_seconds": split_seconds, "plan_seconds": plan_seconds, **run(folder, files, clients, released)}
+        return {"split_seconds": split_seconds, "plan_seconds": plan_seconds, **run(folder, files, clients, until)}
 
 
 def timed(command: list[str], folder: Path) -> float:
@@ -81,7 +82,7 @@ def timed(command: list[str], folder: Path) -> float:
     return round(time.monotonic() - began, 1)
 
 
-def run(folder: Path, files: list[str], clients: int, released: bool) -> dict[str, Any]:
+def run(folder: Path, files: list[str], clients: int, until: str) -> dict[str, Any]:
     command = [*FEDDIFF, "run", *files, "--dir", "run", "--processes", str(PROCESSES), "--json"]
     began, found = time.monotonic(), dict[str, float]()
     # Ctrl-C is what stops a run, and a shell's background jobs ignore it.
@@ -103,9 +104,14 @@ def run(folder: Path, files: list[str], clients: int, released: bool) -> dict[st
         if ended == ("stage-ended", "release", "Succeeded"):
             num_released += 1
             found["released_seconds"] = round(time.monotonic() - began, 1)
-        if released and num_released == clients and event.get("event") == "stage-started":
+        reached = {
+            "released": num_released == clients and event.get("event") == "stage-started",
+            "trained": ended == ("stage-ended", "train-shared", "Succeeded"),
+            "complete": False,
+        }
+        if reached[until] and not expected:
             engine.send_signal(signal.SIGINT)
-            released, expected = False, 75
+            expected = Interrupted.exit_code
     code = engine.wait()
     watcher.join()
     assert (code, num_released) == (expected, clients), "".join(said[-20:])
@@ -136,7 +142,7 @@ class Watcher(threading.Thread):
     def look(self) -> None:
         self.engine = max(self.engine, highest_memory(self.process.pid))
         memory = []
-        for process in self.process.children(recursive=True):
+        for process in self.process.children():  # a stage is one process here, with forks of its own for moments
             with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
                 if any(word.startswith("feddiff_trainer.") for word in process.cmdline()):
                     self.stage = max(self.stage, highest_memory(process.pid))

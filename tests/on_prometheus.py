@@ -112,6 +112,8 @@ def scrape(monitor: Object, discovery: Mapping[str, Any]) -> Object:
         "metrics_path": endpoint["path"],
         "honor_labels": endpoint.get("honorLabels", False),
         "metric_relabel_configs": relabel,
+        "sample_limit": monitor["spec"].get("sampleLimit", 0),
+        "label_value_length_limit": monitor["spec"].get("labelValueLengthLimit", 0),
         **discovery,
     }
 

@@ -130,6 +130,10 @@ NEXT: Mapping[Reason, tuple[tuple[str, str], ...]] = {
         (OWNER, "raise budget.epsilon of the dataset, if you agree; it can never be lowered again"),
         (RESEARCHER, "if the job has failed, make a new one: with a smaller epsilon, or after the owner has raised it"),
     ),
+    Reason.RESERVATION_DEADLINE_EXCEEDED: (
+        (OWNER, "create the dataset, bind the operator's role or acknowledge the ledger, as the message says"),
+        (RESEARCHER, "a new job with a later deadlines.reservationSeconds or a smaller quorum"),
+    ),
     Reason.RELEASE_DEADLINE_EXCEEDED: (
         (RESEARCHER, f"a new job with a later deadlines.releaseSeconds or a smaller quorum; {_NEW_JOB}"),
     ),

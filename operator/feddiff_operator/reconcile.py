@@ -8,7 +8,7 @@ has a name that follows from what it is, so that doing it twice is doing it once
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from typing import Any
@@ -120,7 +120,7 @@ class Reconciler:
         self.charged: dict[str, dict[str, Entry]] = {}
         self.doubted: dict[str, set[str]] = {}
         # What the API server said to our children, by job uid; after a restart it says so again.
-        self.hindrances: dict[str, tuple[str, ...]] = {}  # and may say otherwise later
+        self.hindrances: dict[str, tuple[tuple[str, str], ...]] = {}  # client ("" for the job), words; not for good
         self.refused: dict[str, dict[str, str]] = {}  # for good, by client ("" for the whole job's stages)
 
     async def dataset(self, namespace: str, name: str, children: Children | None = None) -> float | None:
@@ -251,9 +251,12 @@ class Reconciler:
     async def _observe(self, scene: "_Scene", ledgers: Mapping[str, ClientLedger]) -> Observed:
         stages: dict[StageKey, StageObserved] = stages_observed(scene.jobs, scene.pods, scene.now)
         clients: dict[str, ClientObserved] = {}
+        hindrances = self.hindrances.get(scene.uid, ())
+        said = dict(hindrances)
         for name, ledger in ledgers.items():
             seen = client_observed(scene.job, name, ledger.dataset, ledger.hold, ledger.refusal, self.setting)
-            clients[name] = self._mistaken(scene, name, ledgers) or seen
+            seen = self._mistaken(scene, name, ledgers) or seen
+            clients[name] = replace(seen, hindrance=said.get(name, ""))
             stages = await self._released(scene, name, ledger, stages)
         if words := self.refused.get(scene.uid, {}).get(""):
             key = (Stage.TRAIN_SHARED, "") if (Stage.TRAIN_SHARED, "") not in stages else (Stage.REPORT, "")
@@ -264,8 +267,9 @@ class Reconciler:
             clients=clients,
             stages=stages,
             counted=scene.counted,
-            release_deadline_passed=scene.release_deadline is not None and scene.release_deadline <= scene.now,
-            waiting=(*waiting(scene.jobs, scene.pods, scene.now), *self.hindrances.get(scene.uid, ())),
+            reservation_deadline_passed=scene.passed(scene.reservation_deadline),
+            release_deadline_passed=scene.passed(scene.release_deadline),
+            waiting=(*waiting(scene.jobs, scene.pods, scene.now), *(words for _, words in hindrances)),
         )
 
     def _mistaken(self, scene: "_Scene", client: str, ledgers: Mapping[str, ClientLedger]) -> ClientObserved | None:
@@ -363,8 +367,8 @@ class Reconciler:
 
     def _next_look(self, scene: "_Scene", decision: Plan, retries: Iterable[datetime]) -> float | None:
         limits = (each.at for each in scene.deadlines)
-        moments = [*retries, *limits, *([scene.release_deadline] if scene.release_deadline else [])]
-        seconds = [max(0.0, (moment - scene.now).total_seconds()) for moment in moments if moment > scene.now]
+        moments = (*retries, *limits, scene.reservation_deadline, scene.release_deadline)
+        seconds = [(moment - scene.now).total_seconds() for moment in moments if moment and moment > scene.now]
         if self.hindrances.get(scene.uid) or decision.status.phase is JobPhase.PENDING:
             seconds.append(ASK_AGAIN_SECONDS)
         return min(seconds, default=None)
@@ -385,7 +389,7 @@ class Reconciler:
             self.recorder.record(scene.found, "LedgerRefused", str(refusal), warning=True)
             return False
         except Refused as error:  # an owner who has not given us its role yet, or has taken it back
-            self._hindered(scene, f"ledger of {client}: {error}")
+            self._hindered(scene, client, f"ledger of {client}: {error}")
             return False
         self.doubted.get(uid, set()).discard(client)
         if isinstance(action, ChargeReservation):
@@ -450,11 +454,11 @@ class Reconciler:
             self.refused.setdefault(scene.uid, {})[client] = str(error)
             self.recorder.record(scene.found, Reason.INVALID_POD_TEMPLATE, str(error), warning=True)
         except Refused as error:  # a quota, a missing role: somebody can mend it while we wait
-            self._hindered(scene, f"{stage} {client}".strip() + f": {error}")
+            self._hindered(scene, client, f"{stage} {client}".strip() + f": {error}")
 
-    def _hindered(self, scene: "_Scene", words: str) -> None:
+    def _hindered(self, scene: "_Scene", client: str, words: str) -> None:
         """For the next look to say, and to try again."""
-        self.hindrances[scene.uid] = (*self.hindrances.get(scene.uid, ()), words)
+        self.hindrances[scene.uid] = (*self.hindrances.get(scene.uid, ()), (client, words))
 
     def _spec(
         self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]
@@ -513,14 +517,27 @@ class _Scene:
         return time_of(known) if known else releasing_since(self.jobs, self.pods)
 
     @property
-    def release_deadline(self) -> datetime | None:
-        """None before the first release, and once the releases are counted. It stands still while the job is
-        suspended, and counts anew from when it goes on."""
-        seconds, since = self.job.spec.deadlines.release_seconds, self.releasing_since
+    def going_on_since(self) -> datetime | None:
+        """When the job began, or went on after it was suspended; None while it is."""
         goes_on = condition_of(self.found, "Suspended", status="False")
-        if seconds is None or since is None or self.counted or self.job.spec.suspend or goes_on is None:
+        return time_of(goes_on["lastTransitionTime"]) if goes_on is not None and not self.job.spec.suspend else None
+
+    @property
+    def reservation_deadline(self) -> datetime | None:
+        """It stands still while the job is suspended, and counts anew from when it goes on."""
+        seconds, since = self.job.spec.deadlines.reservation_seconds, self.going_on_since
+        return since + timedelta(seconds=seconds) if seconds is not None and since is not None else None
+
+    @property
+    def release_deadline(self) -> datetime | None:
+        """None before the first release, and once the releases are counted; otherwise as the other one."""
+        seconds, since = self.job.spec.deadlines.release_seconds, self.releasing_since
+        if seconds is None or since is None or self.counted or self.going_on_since is None:
             return None
-        return max(since, time_of(goes_on["lastTransitionTime"])) + timedelta(seconds=seconds)
+        return max(since, self.going_on_since) + timedelta(seconds=seconds)
+
+    def passed(self, deadline: datetime | None) -> bool:
+        return deadline is not None and deadline <= self.now
 
     def running(self, stage: Stage, client: str) -> list[Object]:
         return [

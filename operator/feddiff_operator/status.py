@@ -55,6 +55,7 @@ def job_status(
     shares = _shares(status, stages, progress, _client_names(spec))
     finished = status.phase in (JobPhase.COMPLETE, JobPhase.FAILED)
     clients = _client_names(spec)
+    said = {each["client"]: each["reason"] for each in before.get("dropped") or ()}  # when the client was dropped
     optional = {
         "startTime": before.get("startTime", moment),
         "completionTime": moment if finished else None,
@@ -69,7 +70,8 @@ def job_status(
         **{name: value for name, value in optional.items() if value is not None},
         "counted": list(status.counted),
         "dropped": [
-            {"client": name, "reason": _cut(why)} for name, why in list(status.dropped.items())[:SHOWN_DROPPED]
+            {"client": name, "reason": said.get(name, _cut(why))}
+            for name, why in list(status.dropped.items())[:SHOWN_DROPPED]
         ],
         "numDropped": len(status.dropped),
         "clientsSummary": f"{_num_released(status, stages, clients)}/{len(clients)}",

@@ -846,6 +846,11 @@ class DeadlinesSpec(StageDeadlinesSpec):
     """Seconds; an attempt that waits or runs longer has failed. What stands here holds for every stage, unless the
     stage's own field says otherwise. Nothing is set, nothing ends."""
 
+    reservation_seconds: Seconds | None = Field(
+        None,
+        description="on a cluster, from when the job begins, or goes on after suspend, until owners whose budget it"
+        " could not reserve are left out, uncharged; without it they are waited for, whatever the quorum",
+    )
     release_seconds: Seconds | None = Field(
         None, description="from the first release's start until the quorum is decided"
     )
@@ -906,8 +911,8 @@ class FederatedDiffusionJobSpec(Wire):
     ] = Field(description="the data owners that take part; cannot change")
     quorum: Annotated[int, Field(ge=1, le=1000), WHOLE] | None = Field(
         None,
-        description="how many clients are enough, decided when all have released or deadlines.releaseSeconds has"
-        " passed; all of them unless given. Who is left out stays charged",
+        description="how many clients are enough once deadlines.reservationSeconds or deadlines.releaseSeconds has"
+        " passed; all of them unless given. Who has not reserved by then is not charged; who has not released stays so",
     )
     privacy: PrivacySpec = Field(json_schema_extra=_fixed("privacy"))
     diffusion: DiffusionSpec = Field(DiffusionSpec(), json_schema_extra=_fixed("diffusion"))

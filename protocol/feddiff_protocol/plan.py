@@ -63,6 +63,7 @@ class Reason(StrEnum):
     ACCESS_DENIED = "AccessDenied"
     IMAGE_NOT_ALLOWED = "ImageNotAllowed"  # by the dataset; for a charged client waited for, as after an upgrade
     PRIVACY_BUDGET_EXCEEDED = "PrivacyBudgetExceeded"
+    RESERVATION_DEADLINE_EXCEEDED = "ReservationDeadlineExceeded"
     RELEASE_DEADLINE_EXCEEDED = "ReleaseDeadlineExceeded"
     START_DEADLINE_EXCEEDED = "StartDeadlineExceeded"
     STAGE_DEADLINE_EXCEEDED = "StageDeadlineExceeded"
@@ -110,6 +111,7 @@ class ClientObserved:
     hold: Hold = Hold.NONE
     refusal: str = ""  # the ledger's words when it does not admit this job
     reason: Reason = Reason.PRIVACY_BUDGET_EXCEEDED  # of the refusal
+    hindrance: str = ""  # the platform's words when it did not let us do what was last tried for this client
 
 
 StageKey = tuple[Stage, str]  # the client is "" for train-shared and report
@@ -120,6 +122,7 @@ class Observed:
     clients: Mapping[str, ClientObserved]
     stages: Mapping[StageKey, StageObserved] = field(default_factory=dict)
     counted: tuple[str, ...] = ()  # the clients whose releases count, once that was decided; from the status
+    reservation_deadline_passed: bool = False
     release_deadline_passed: bool = False
     waiting: tuple[str, ...] = ()  # what the platform says about stages that run by its word and not in fact
 
@@ -207,6 +210,7 @@ class _Run:
         self.spec = job.spec
         self.observed = observed
         self.names = [client.name for client in job.spec.clients]
+        self.releases_began = any(stage is Stage.RELEASE for stage, _ in observed.stages)
         lost = {name: why for name in self.names if (why := self._why_dropped(name))}
         self.dropped = {name: why for name, (_, why) in lost.items()}
         self.reasons = [reason for reason, _ in lost.values()]
@@ -244,8 +248,20 @@ class _Run:
         seen = self.client(client)
         if seen.refusal and self._drops(seen, client):
             return seen.reason, seen.refusal
+        if self._reserved_too_late(seen, client):
+            words = seen.refusal or seen.hindrance or "its budget was not reserved by deadlines.reservationSeconds"
+            return Reason.RESERVATION_DEADLINE_EXCEEDED, words
         gone = (self._gave_up(stage, client) for stage in (Stage.RELEASE, *OWNER_STAGES))
         return next((why for why in gone if why), None)
+
+    def _reserved_too_late(self, seen: ClientObserved, client: str) -> bool:
+        """The others go on without it; that is settled once one of them has begun to release."""
+        if self.spec.deadlines.reservation_seconds is None:
+            return False
+        unheld = seen.hold in (Hold.NONE, Hold.RETURNED)
+        hindered = seen.hold is Hold.RESERVED and bool(seen.refusal or seen.hindrance)
+        late = self.observed.reservation_deadline_passed and (unheld or hindered)
+        return (late or (unheld and self.releases_began)) and not self.started(client)
 
     def _drops(self, seen: ClientObserved, client: str) -> bool:
         match seen.reason:

@@ -51,9 +51,10 @@ def test_no_advice_ever_suggests_to_delete_an_entry_or_to_lower_a_budget() -> No
 
 
 def test_who_makes_a_new_job_after_a_charge_is_told_that_it_charges_again() -> None:
-    after_a_charge = [
-        reason for reason in Reason if "DEADLINE" in reason.name or reason.name.endswith(("FAILED", "LOST"))
+    late = [
+        reason for reason in Reason if "DEADLINE" in reason.name and reason is not Reason.RESERVATION_DEADLINE_EXCEEDED
     ]
+    after_a_charge = [*late, Reason.STAGE_FAILED, Reason.CLIENTS_LOST]
     assert len(after_a_charge) == 5
     for reason in after_a_charge:
         assert any("charges again" in what for _, what in NEXT[reason])

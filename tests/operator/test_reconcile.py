@@ -833,6 +833,75 @@ def test_a_ledger_that_we_may_not_write_is_waited_for_in_its_own_words() -> None
     one_of_each(world)
 
 
+def without_dataset(world: World) -> Any:
+    world.platform.objects.pop((PDS.name, "clinic-b", "scans"))
+    return world.platform
+
+
+def without_pods(world: World) -> Any:
+    return Refusing(world.platform, "clinic-b", Refused("jobs is forbidden"))
+
+
+HELD_UP: dict[str, tuple[str, Callable[[World], Any]]] = {
+    "a dataset that is not there": ("does not exist", without_dataset),
+    "a ledger that we may not write": ("are forbidden", lambda world: ReadOnly(world.platform, "clinic-b")),
+    "pods that we may not start": ("is forbidden", without_pods),
+}
+
+
+def held_up(world: World, owner: str, hours: int) -> None:
+    """Looks every half minute at most, until the job has ended or so much time is over."""
+
+    async def story() -> None:
+        operator = world.operator(HELD_UP[owner][1](world))
+        while not world.ended() and world.now - START < timedelta(hours=hours):
+            await world.look(operator)
+            await operator.dataset("clinic-a", "scans")
+            world.platform.live(world.now)
+            world.now += timedelta(seconds=15)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("owner", HELD_UP)
+def test_at_the_reservation_deadline_the_others_go_on_without_an_owner_that_holds_them_up(owner: str) -> None:
+    world = World(quorum=1, deadlines={"reservationSeconds": 600})
+    held_up(world, owner, hours=1)
+    assert (world.status["phase"], world.status["counted"]) == ("Complete", ["a"])
+    (dropped,) = world.status["dropped"]
+    assert (dropped["client"], HELD_UP[owner][0] in dropped["reason"]) == ("b", True)
+    assert {entry.client: entry.phase for entry in world.entries()}.get("b", "Returned") == "Returned"
+
+
+@pytest.mark.parametrize("owner", HELD_UP)
+def test_without_that_deadline_it_is_waited_for_and_without_a_quorum_the_job_ends_by_it(owner: str) -> None:
+    patient = World(quorum=1)
+    held_up(patient, owner, hours=5)
+    assert patient.status["phase"] in ("Pending", "Reserving")
+    world = World(deadlines={"reservationSeconds": 600})
+    held_up(world, owner, hours=1)
+    assert world.failed()["reason"] == "ReservationDeadlineExceeded"
+    assert timedelta(seconds=600) <= world.now - START < timedelta(seconds=700)
+    assert all(entry.phase == "Returned" for entry in world.entries()), "nobody has paid"
+
+
+def test_the_reservation_deadline_counts_anew_from_when_a_job_goes_on() -> None:
+    world = World(quorum=1, deadlines={"reservationSeconds": 600}, suspend=True)
+    world.now += timedelta(hours=3)
+
+    async def story() -> None:
+        operator = world.operator(without_dataset(world))
+        await world.go_on(operator, lambda: world.status.get("phase") == "Suspended")
+        world.now += timedelta(hours=3)
+        await world.platform.patch(FDJ, "research", "job", {"spec": {"suspend": False}})
+        await world.go_on(operator, lambda: "does not exist" in world.status.get("message", ""))
+        world.platform.put(PDS, dataset("b"))
+        await world.go_on(operator, world.ended)
+
+    asyncio.run(story())
+    one_of_each(world)
+
+
 def test_an_owner_who_takes_its_rights_back_while_its_pod_runs_holds_the_others_up_no_longer() -> None:
     def outcome(pod: Object, child: Object) -> tuple[int, str] | None:
         spec = world.spec_of(pod)

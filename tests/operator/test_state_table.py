@@ -112,7 +112,10 @@ class World:
         since, limit = self.releasing_since, self.asked.spec.deadlines.release_seconds
         late = since is not None and limit is not None and self.now >= since + timedelta(seconds=limit)
         counted = tuple(self.found.get("status", {}).get("counted", ()))
-        return Observed(clients, stages, counted, late, tuple(waiting(jobs, pods, self.now)))
+        words = tuple(waiting(jobs, pods, self.now))
+        reserving = self.asked.spec.deadlines.reservation_seconds
+        too_late = reserving is not None and self.now >= NOW + timedelta(seconds=reserving)
+        return Observed(clients, stages, counted, too_late, late, words)
 
     def look(self, crash: float = 0.0) -> Plan | None:
         """One reconcile, which may die between any two of its writes; it keeps nothing in memory."""
@@ -468,6 +471,13 @@ def refuses(words: str) -> Callable[[World], None]:
     return event
 
 
+def passes_reservation_deadline(world: World) -> None:
+    """One that is set now: they can be changed while a job runs."""
+    deadlines = {**SPEC["deadlines"], "reservationSeconds": 60}
+    world.asked = job("ab", **{**SPEC, "deadlines": deadlines, "suspend": world.asked.spec.suspend})
+    world.now += timedelta(seconds=60)
+
+
 def passes_release_deadline(world: World) -> None:
     world.now += timedelta(seconds=3600)
     begin_now(world, world.live_pods())
@@ -476,6 +486,7 @@ def passes_release_deadline(world: World) -> None:
 JOB_EVENTS: dict[str, Callable[[World], None]] = {
     "spec.suspend: true": lambda world: suspend(world, True),
     "spec.suspend: false": lambda world: suspend(world, False),
+    "reservation deadline": passes_reservation_deadline,
     "release deadline": passes_release_deadline,
     "budget spent by others": refuses("spent so far ε = 20"),
     "ledger contradicts itself": refuses("the ledger contradicts itself"),

@@ -317,6 +317,57 @@ def test_a_budget_that_is_held_is_no_question_any_more() -> None:
     assert plan(job(), Observed(clients)).status.dropped == {}
 
 
+LATE: dict[str, Any] = {"quorum": 2, "deadlines": {"reservationSeconds": 600}}
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        ClientObserved(),
+        ClientObserved(Hold.RETURNED),
+        refused(Reason.DATASET_MISSING),
+        refused(Reason.LEDGER_MISMATCH),
+        refused(Reason.LEDGER_MISMATCH, Hold.RESERVED),
+        ClientObserved(Hold.RESERVED, hindrance="jobs is forbidden"),
+    ],
+    ids=["unasked", "returned", "no dataset", "mismatch", "mismatch, reserved", "no rights, reserved"],
+)
+def test_at_the_reservation_deadline_a_quorum_goes_on_without_who_has_not_reserved(late: ClientObserved) -> None:
+    clients = {**holding(Hold.RESERVED, "ab"), "c": late}
+    waits = plan(job(**LATE), Observed(clients))
+    assert not any(isinstance(action, ChargeReservation) for action in waits.actions) or late.hindrance
+    assert waits.status.dropped == {}
+    decision = plan(job(**LATE), Observed(clients, reservation_deadline_passed=True))
+    assert [each for each in decision.actions if isinstance(each, ChargeReservation)] == [
+        ChargeReservation("a"),
+        ChargeReservation("b"),
+    ]
+    assert (GiveBack("c") in decision.actions) is (late.hold is Hold.RESERVED)
+    words = late.refusal or late.hindrance or "its budget was not reserved by deadlines.reservationSeconds"
+    assert decision.status.dropped == {"c": words}
+    alone = plan(job(deadlines=LATE["deadlines"]), Observed(clients, reservation_deadline_passed=True)).status
+    assert alone.condition("Failed").reason is Reason.RESERVATION_DEADLINE_EXCEEDED
+    assert words in alone.message
+
+
+def test_who_was_left_out_stays_out_once_others_release_and_nobody_else_is_left_out() -> None:
+    """Whatever the time says then, as when the job is suspended; a charge whose release has begun is only not seen."""
+    clients = {**holding(Hold.CHARGED, "ab"), "c": ClientObserved()}
+    assert plan(job(**LATE), Observed(clients)).actions == (Reserve("c"),)
+    decision = plan(job(**LATE), Observed(clients, dict([running(Stage.RELEASE, "a")])))
+    assert (starts(decision), list(decision.status.dropped)) == ([("release", "b")], ["c"])
+    unseen = plan(job(**LATE), Observed(clients, dict([running(Stage.RELEASE, "c")])))
+    assert unseen.status.dropped == {}
+    poor = {**clients, "c": refused(Reason.PRIVACY_BUDGET_EXCEEDED)}
+    assert plan(job(**LATE), Observed(poor, reservation_deadline_passed=True)).status.dropped == {
+        "c": "no: PrivacyBudgetExceeded"
+    }
+    reserved = {**holding(Hold.CHARGED, "ab"), "c": ClientObserved(Hold.RESERVED)}
+    assert plan(job(**LATE), Observed(reserved, reservation_deadline_passed=True)).actions == (ChargeReservation("c"),)
+    without = plan(job(quorum=2), Observed(clients, reservation_deadline_passed=True))
+    assert (without.actions, without.status.dropped) == ((Reserve("c"),), {})
+
+
 @pytest.mark.parametrize("reason", [Reason.START_DEADLINE_EXCEEDED, Reason.STAGE_DEADLINE_EXCEEDED])
 def test_a_stage_that_missed_its_deadlines_ends_the_job_with_that_reason(reason: Reason) -> None:
     late = StageObserved(StagePhase.FAILED, 4, 4, message="waited longer than 600 s", reason=reason)
@@ -394,14 +445,15 @@ def any_state(draw: random.Random, names: str) -> Observed:
             kept = receipt(*key) if phase is StagePhase.SUCCEEDED else None
             stages[key] = StageObserved(phase, draw.randint(1, 6), draw.randint(0, 6), code, "", kept)
     counted = tuple(name for name in names if draw.random() < 0.3)
-    return Observed(clients, stages, counted, draw.random() < 0.3)
+    return Observed(clients, stages, counted, draw.random() < 0.3, draw.random() < 0.3)
 
 
 def test_no_state_makes_a_release_start_without_its_charge() -> None:
     draw = random.Random(0)
     for _ in range(4_000):
         names = "abcd"[: draw.randint(1, 4)]
-        spec = {"quorum": draw.randint(1, len(names)), "suspend": draw.random() < 0.1}
+        spec: dict[str, Any] = {"quorum": draw.randint(1, len(names)), "suspend": draw.random() < 0.1}
+        spec["deadlines"] = draw.choice([{}, {"reservationSeconds": 60}])
         observed = any_state(draw, names)
         check_invariants(plan(job(names, **spec), observed), observed)
 
@@ -420,7 +472,7 @@ class SimulatedWorld:
     releases: list[str] = field(default_factory=list)
 
     def observed(self) -> Observed:
-        return Observed(dict(self.clients), dict(self.stages), self.counted, self.late)
+        return Observed(dict(self.clients), dict(self.stages), self.counted, release_deadline_passed=self.late)
 
     def carry_out(self, decision: Plan) -> None:
         self.counted = decision.status.counted

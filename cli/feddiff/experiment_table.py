@@ -56,7 +56,15 @@ COLUMNS = (
     Column("copies ½, minority", "minority", "copies_half", max),
 )
 MINORITY_DISTANCE = next(column for column in COLUMNS if column.title == "Fréchet, minority")
-DRAWN = ("recall, minority", "recall, majority", "Fréchet, minority", "Fréchet, pooled")
+DRAWN = (
+    "recall, minority",
+    "recall, majority",
+    "Fréchet, minority",
+    "Fréchet, pooled",
+    "Fréchet, majority",
+    "coverage",
+)
+PANELS = 4  # the first of these that were measured: where classes are dealt evenly, there is no minority
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,9 @@ def figure_document(rows: Sequence[Row], out: Path) -> dict[str, Any]:
     not depend on it are levels. Without such a field, arms side by side."""
     field = numeric_field(rows)
     xs = sorted({x for row in rows if (x := _number(row.cell.get(field))) is not None}) if field else []
-    panels = [_panel(rows, column, field) for column in COLUMNS if column.title in DRAWN]
+    by_title = {column.title: column for column in COLUMNS}
+    drawn = [_panel(rows, by_title[title], field) for title in DRAWN]
+    panels = [each for each in drawn if each["series"] or each["levels"]][:PANELS] or drawn[:1]
     return {
         "title": rows[0].experiment,
         "xLabel": _named(rows, field) if field else "",

@@ -135,6 +135,17 @@ def test_the_figure_draws_quality_against_the_first_numeric_field() -> None:
     assert panel["levels"] == [{"label": "local", "mean": 0.25, "std": None}]
 
 
+def test_what_was_not_measured_has_no_panel() -> None:
+    """As the minority, where classes are dealt evenly."""
+    assert [panel["title"] for panel in drawn(EPSILONS)["panels"]] == ["recall, minority"]
+    everything = {group: {"recall": 0.5, "frechet": 1.0, "coverage": 0.5} for group in ("majority", "pooled")}
+    even = [each.model_copy(update={"owners": {"a": everything}}) for each in EPSILONS]
+    titles = [panel["title"] for panel in drawn(even)["panels"]]
+    assert titles == ["recall, majority", "Fréchet, pooled", "Fréchet, majority", "coverage"]
+    nothing = [each.model_copy(update={"owners": {"a": {"pooled": {}}}}) for each in EPSILONS]
+    assert len(drawn(nothing)["panels"]) == 1
+
+
 def test_without_numbers_in_the_grid_arms_stand_side_by_side() -> None:
     document = drawn([row(a=0.1), row("other", a=0.2)])
     assert document["xLabel"] == ""

@@ -69,7 +69,8 @@ def draw(spec: FigureSpec) -> dict[str, Any]:
     for axis in axes[len(spec.panels) :]:
         axis.set_axis_off()
     figure.suptitle(spec.title)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small")
     try:
         figure.savefig(spec.out, metadata={"Software": None})
     except OSError as error:

@@ -6,6 +6,7 @@ The data: four classes of 8×8 images, a bright column at a class's own place, t
 import hashlib
 import json
 import re
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,18 @@ def test_nothing_is_written_to_the_federation(tmp_path: Path) -> None:
 def contents(folder: Path) -> dict[str, str]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("mechanism", PRIVACY)
+def test_an_owner_with_no_record_of_a_class_is_measured_and_sees_no_picture_of_it(
+    tmp_path: Path, mechanism: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As most owners of a hundred, among whom few records are dealt."""
+    monkeypatch.setattr(sys.modules[__name__], "COUNTS", (40, 40, 12, 0))
+    evaluation, page = written(prepared(tmp_path, mechanism))
+    assert evaluation.arms["both"].groups["pooled"]["frechet"] is not None
+    assert evaluation.arms["both"].groups["all"]["recall"] is not None
+    assert ", real, class 2" in page and ", both, class 3" in page and ", real, class 3" not in page
 
 
 def test_without_a_holdout_nothing_is_measured_and_the_page_says_what_to_add(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_all_formats_give_the_same_records(tmp_path: Path) -> None:
     for records in all_records:
         assert records.pixels_NCHW.dtype == np.uint8  # an eighth of float64
         np.testing.assert_array_equal(records[:], IMAGES.reshape(6, -1) / 255)
+        assert records[np.array([], np.int64)].shape == (0, HEIGHT * WIDTH)
         np.testing.assert_array_equal(records.labels_N, LABELS)
 
 

@@ -48,7 +48,7 @@ class Records:
         """pixels_ND of the rows, float64 in [0, 1], a fresh array; always two-dimensional."""
         picked = self.pixels_NCHW[rows]
         self.told(len(picked))
-        flat = picked.reshape(len(picked), -1)
+        flat = picked.reshape(len(picked), int(np.prod(picked.shape[1:])))  # -1 cannot be told where there are no rows
         return flat / 255.0 if flat.dtype == np.uint8 else flat.astype(np.float64)
 
     def in_memory(self, rows_n: NDArray[np.int64]) -> "tuple[Records, NDArray[np.int64]]":

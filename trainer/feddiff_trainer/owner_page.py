@@ -194,7 +194,7 @@ def _tile(pixels_NCHW: Pixels, column: str, name: str) -> Html:
     caption = element("figcaption", TITLES[column])
     if len(pixels_NCHW) == 0:
         return element("figure", element("p", "none", cls="note"), caption)
-    alt = f"{num(len(pixels_NCHW), 'image')}, {TITLES[column]}, class {name}"
+    alt = f"{num(len(pixels_NCHW), 'image')}, {TITLES[column]}, {name}"
     return element("figure", image(sheet(pixels_NCHW), alt, TILE_FIT), caption)
 
 

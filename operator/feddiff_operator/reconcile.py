@@ -61,6 +61,7 @@ from .cluster import (
     SERVICE,
     AlreadyExists,
     Cluster,
+    ClusterError,
     Invalid,
     Kind,
     Object,
@@ -217,6 +218,8 @@ class Reconciler:
                 found[client.name] = ClientLedger(self._parsed(dataset), Hold.CHARGED, "", entry)
             elif entry is not None and dataset is not None and self._holds(scene, entry, dataset):
                 found[client.name] = ClientLedger(self._parsed(dataset), Hold.RESERVED, "", entry)
+        settled = {name: ClientLedger(None, Hold.NONE, "") for name in scene.left_out if name not in shown}
+        found |= settled  # nothing more is asked of them
         others = [client.name for client in scene.job.spec.clients if client.name not in found]
         looks = await few_at_a_time(partial(self._look, scene), others)
         found |= dict(zip(others, looks, strict=True))
@@ -253,9 +256,10 @@ class Reconciler:
         clients: dict[str, ClientObserved] = {}
         hindrances = self.hindrances.get(scene.uid, ())
         said = dict(hindrances)
+        taking_part = {name: ledger for name, ledger in ledgers.items() if name not in scene.left_out}
         for name, ledger in ledgers.items():
             seen = client_observed(scene.job, name, ledger.dataset, ledger.hold, ledger.refusal, self.setting)
-            seen = self._mistaken(scene, name, ledgers) or seen
+            seen = self._mistaken(scene, name, taking_part) or seen
             clients[name] = replace(seen, hindrance=said.get(name, ""))
             stages = await self._released(scene, name, ledger, stages)
         if words := self.refused.get(scene.uid, {}).get(""):
@@ -267,6 +271,7 @@ class Reconciler:
             clients=clients,
             stages=stages,
             counted=scene.counted,
+            left_out=scene.left_out,
             reservation_deadline_passed=scene.passed(scene.reservation_deadline),
             release_deadline_passed=scene.passed(scene.release_deadline),
             waiting=(*waiting(scene.jobs, scene.pods, scene.now), *(words for _, words in hindrances)),
@@ -274,6 +279,8 @@ class Reconciler:
 
     def _mistaken(self, scene: "_Scene", client: str, ledgers: Mapping[str, ClientLedger]) -> ClientObserved | None:
         """The client as one that cannot take part: its pods were refused, or its data do not fit the first client's."""
+        if client not in ledgers:
+            return None
         if words := self.refused.get(scene.uid, {}).get(client):
             return ClientObserved(ledgers[client].hold, words, Reason.INVALID_POD_TEMPLATE)
         first, own = next(iter(ledgers.values())).dataset, ledgers[client].dataset
@@ -353,7 +360,7 @@ class Reconciler:
         for action in decision.actions:
             if isinstance(action, Stop) and not _left_running(scene, decision, action):
                 await self._stop(scene, action)
-        if asked or charges:
+        if charges or any(isinstance(action, Reserve) for action in asked):
             news = self.hindrances.get(scene.uid, ()) != known or self.refused.get(scene.uid, {}) != refused
             return 0.0 if news or (asked and all(answers)) else ASK_AGAIN_SECONDS
         starts = [action for action in decision.actions if isinstance(action, Start)]
@@ -363,7 +370,11 @@ class Reconciler:
             await self._start(scene, start, observed, ledgers)
         if self.hindrances.get(scene.uid, ()) != known or self.refused.get(scene.uid, {}) != refused:
             return 0.0  # so that the status says so
-        return self._next_look(scene, decision, [later[each.stage, each.client] for each in starts if each not in due])
+        if asked and all(answers):
+            return 0.0
+        again = [scene.now + timedelta(seconds=ASK_AGAIN_SECONDS)] if asked else []  # to give back; nobody waits for it
+        retries = [later[each.stage, each.client] for each in starts if each not in due]
+        return self._next_look(scene, decision, [*retries, *again])
 
     def _next_look(self, scene: "_Scene", decision: Plan, retries: Iterable[datetime]) -> float | None:
         limits = (each.at for each in scene.deadlines)
@@ -387,8 +398,13 @@ class Reconciler:
         except PrivacyRefusal as refusal:
             self.doubted.setdefault(uid, set()).add(client)
             self.recorder.record(scene.found, "LedgerRefused", str(refusal), warning=True)
+            if isinstance(action, ChargeReservation):
+                self._hindered(scene, client, f"ledger of {client}: {refusal}")
             return False
-        except Refused as error:  # an owner who has not given us its role yet, or has taken it back
+        except ClusterError as error:
+            if not isinstance(error, Refused) and not isinstance(action, GiveBack):
+                raise
+            # An owner has not given us its role yet, or has taken it back; to give back can wait, whatever hinders it.
             self._hindered(scene, client, f"ledger of {client}: {error}")
             return False
         self.doubted.get(uid, set()).discard(client)
@@ -464,7 +480,11 @@ class Reconciler:
         self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]
     ) -> AnyStageSpec:
         job, uid, client, attempt = scene.job, scene.uid, start.client, start.attempt
-        datasets = {name: ledger.dataset for name, ledger in ledgers.items() if ledger.dataset is not None}
+        datasets = {
+            name: ledger.dataset
+            for name, ledger in ledgers.items()
+            if ledger.dataset is not None and name not in scene.left_out
+        }
         where = places(job, {client: datasets[client]} if client else {})
         if start.stage is Stage.RELEASE:
             entry = ledgers[client].entry
@@ -509,6 +529,10 @@ class _Scene:
     @property
     def counted(self) -> tuple[str, ...]:
         return tuple((self.found.get("status") or {}).get("counted") or ())
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return tuple((self.found.get("status") or {}).get("leftOut") or ())
 
     @property
     def releasing_since(self) -> datetime | None:

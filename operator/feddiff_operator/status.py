@@ -69,6 +69,7 @@ def job_status(
         "conditions": _conditions(before, status.conditions, generation, moment),
         **{name: value for name, value in optional.items() if value is not None},
         "counted": list(status.counted),
+        "leftOut": list(status.left_out),
         "dropped": [
             {"client": name, "reason": said.get(name, _cut(why))}
             for name, why in list(status.dropped.items())[:SHOWN_DROPPED]

@@ -848,8 +848,9 @@ class DeadlinesSpec(StageDeadlinesSpec):
 
     reservation_seconds: Seconds | None = Field(
         None,
-        description="on a cluster, from when the job begins, or goes on after suspend, until owners whose budget it"
-        " could not reserve are left out, uncharged; without it they are waited for, whatever the quorum",
+        description="on a cluster, from when the job begins, or goes on after suspend, until owners are left out whose"
+        " dataset is missing or whose ledger or pods it may not write; without it they are waited for, whatever the"
+        " quorum",
     )
     release_seconds: Seconds | None = Field(
         None, description="from the first release's start until the quorum is decided"

@@ -122,6 +122,7 @@ class Observed:
     clients: Mapping[str, ClientObserved]
     stages: Mapping[StageKey, StageObserved] = field(default_factory=dict)
     counted: tuple[str, ...] = ()  # the clients whose releases count, once that was decided; from the status
+    left_out: tuple[str, ...] = ()  # those that had not reserved in time, once that was decided; from the status
     reservation_deadline_passed: bool = False
     release_deadline_passed: bool = False
     waiting: tuple[str, ...] = ()  # what the platform says about stages that run by its word and not in fact
@@ -171,6 +172,7 @@ class Status:
     phase: JobPhase
     conditions: tuple[Condition, ...]
     counted: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)  # client → why it no longer takes part
     message: str = ""  # what the phase is about, in words
 
@@ -210,13 +212,19 @@ class _Run:
         self.spec = job.spec
         self.observed = observed
         self.names = [client.name for client in job.spec.clients]
-        self.releases_began = any(stage is Stage.RELEASE for stage, _ in observed.stages)
+        self.left_out = observed.left_out
+        self._take_losses()
+        if late := self._too_late_to_reserve():
+            self.left_out = (*observed.left_out, *late)
+            self._take_losses()
+        self.counted = observed.counted or self._count_releases()
+        self.counting = [name for name in self.counted if name not in self.dropped]
+
+    def _take_losses(self) -> None:
         lost = {name: why for name in self.names if (why := self._why_dropped(name))}
         self.dropped = {name: why for name, (_, why) in lost.items()}
         self.reasons = [reason for reason, _ in lost.values()]
         self.taking_part = [name for name in self.names if name not in self.dropped]
-        self.counted = observed.counted or self._count_releases()
-        self.counting = [name for name in self.counted if name not in self.dropped]
 
     # -- what is observed
 
@@ -246,22 +254,29 @@ class _Run:
         if self.done(Stage.EVALUATE, client):
             return None
         seen = self.client(client)
+        if client in self.observed.left_out:
+            return Reason.RESERVATION_DEADLINE_EXCEEDED, "its budget was not reserved by deadlines.reservationSeconds"
+        if client in self.left_out:
+            return Reason.RESERVATION_DEADLINE_EXCEEDED, seen.refusal or seen.hindrance
         if seen.refusal and self._drops(seen, client):
             return seen.reason, seen.refusal
-        if self._reserved_too_late(seen, client):
-            words = seen.refusal or seen.hindrance or "its budget was not reserved by deadlines.reservationSeconds"
-            return Reason.RESERVATION_DEADLINE_EXCEEDED, words
         gone = (self._gave_up(stage, client) for stage in (Stage.RELEASE, *OWNER_STAGES))
         return next((why for why in gone if why), None)
 
-    def _reserved_too_late(self, seen: ClientObserved, client: str) -> bool:
-        """The others go on without it; that is settled once one of them has begun to release."""
-        if self.spec.deadlines.reservation_seconds is None:
-            return False
-        unheld = seen.hold in (Hold.NONE, Hold.RETURNED)
-        hindered = seen.hold is Hold.RESERVED and bool(seen.refusal or seen.hindrance)
-        late = self.observed.reservation_deadline_passed and (unheld or hindered)
-        return (late or (unheld and self.releases_began)) and not self.started(client)
+    def _too_late_to_reserve(self) -> tuple[str, ...]:
+        """Who is left out from now on: those not charged by the deadline that something is said to hinder. Not once a
+        release has begun, nor where somebody's charge would be wasted because too few are left."""
+        begun = any(stage is Stage.RELEASE for stage, _ in self.observed.stages)
+        if not self.observed.reservation_deadline_passed or begun or self.observed.counted:
+            return ()
+        late = tuple(name for name in self.taking_part if self._held_up(self.client(name)))
+        charged = any(self.hold(name) is Hold.CHARGED for name in self.taking_part)
+        return late if not charged or len(self.taking_part) - len(late) >= self.spec.quorum_or_all else ()
+
+    @staticmethod
+    def _held_up(seen: ClientObserved) -> bool:
+        waits_for_owner = bool(seen.refusal) and seen.reason in WAITED_FOR
+        return seen.hold is not Hold.CHARGED and (waits_for_owner or bool(seen.hindrance))
 
     def _drops(self, seen: ClientObserved, client: str) -> bool:
         match seen.reason:
@@ -440,7 +455,7 @@ class _Run:
             reason, message = self._with_what_hinders(actions, reason, message)
         message = _shortened(message)
         conditions = _conditions(self._reached(phase), reason, message)
-        return Plan(tuple(actions), Status(phase, conditions, self.counted, self.dropped, message))
+        return Plan(tuple(actions), Status(phase, conditions, self.counted, self.left_out, self.dropped, message))
 
     def _with_what_hinders(self, actions: Sequence[Action], reason: Reason, message: str) -> tuple[Reason, str]:
         """Reason and message with what owners have to mend, what the platform says, and what is tried again."""

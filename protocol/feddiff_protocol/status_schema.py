@@ -80,6 +80,7 @@ def _job_status() -> Schema:
         completionTime=_text("when it became Complete or Failed; ttlSecondsAfterFinished counts from here"),
         releasingSince=_text("when the first release started; deadlines.releaseSeconds counts from here"),
         counted=_list("clients whose releases count, once that is decided", {"type": "string"}),
+        leftOut=_list("clients that had not reserved by deadlines.reservationSeconds", {"type": "string"}),
         dropped=_list("the first twenty clients that no longer take part; what was charged stays charged", dropped),
         numDropped=_count("how many clients no longer take part"),
         clientsSummary=_text("clients whose releases are in, of all: 8/10"),

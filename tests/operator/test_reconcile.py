@@ -3,6 +3,7 @@ ledger and no child twice."""
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 from collections import Counter
@@ -17,7 +18,19 @@ from cluster.kubelet import receipt_of
 from fake_cluster import FakeCluster, Killed, Mortal, Platform, SeenChildren, no_sleep
 from feddiff_operator import ledger as operator_ledger
 from feddiff_operator import reconcile, workloads
-from feddiff_operator.cluster import CONFIG_MAP, FDJ, JOB, PDS, POD, PRL, SERVICE, Conflict, Invalid, Refused
+from feddiff_operator.cluster import (
+    CONFIG_MAP,
+    FDJ,
+    JOB,
+    PDS,
+    POD,
+    PRL,
+    SERVICE,
+    Conflict,
+    Invalid,
+    Refused,
+    Unavailable,
+)
 from feddiff_operator.ledger import ClusterLedger
 from feddiff_operator.metrics import Metrics
 from feddiff_operator.progress import Progresses
@@ -883,6 +896,158 @@ def test_without_that_deadline_it_is_waited_for_and_without_a_quorum_the_job_end
     assert world.failed()["reason"] == "ReservationDeadlineExceeded"
     assert timedelta(seconds=600) <= world.now - START < timedelta(seconds=700)
     assert all(entry.phase == "Returned" for entry in world.entries()), "nobody has paid"
+
+
+def looked_at(world: World, operator: Reconciler, until: Callable[[], bool], hours: float = 2) -> Any:
+    """Every quarter of a minute, until something is so or the time is over."""
+
+    async def story() -> None:
+        begun = world.now
+        while not until() and world.now - begun < timedelta(hours=hours):
+            with contextlib.suppress(Unavailable):
+                await world.look(operator)
+            world.platform.live(world.now)
+            world.now += timedelta(seconds=15)
+
+    return story()
+
+
+def all_reserved(world: World) -> bool:
+    return [entry.phase for entry in world.entries()] == ["Reserved", "Reserved"]
+
+
+class Unanswered(Refusing):
+    """Pods are refused in one namespace, and its entries cannot be written for the moment."""
+
+    async def replace_status(self, kind: Any, obj: Object) -> Object:
+        if kind is PRL and obj["metadata"]["namespace"] == self.namespace and obj["status"].get("phase") == "Returned":
+            raise Unavailable("503")
+        return await self.platform.replace_status(kind, obj)
+
+
+@pytest.mark.parametrize("kind", ["refused", "not answered"])
+def test_a_reservation_that_cannot_be_given_back_holds_nobody_up(kind: str) -> None:
+    world = World(quorum=1, deadlines={"reservationSeconds": 600})
+    error = Refused("exceeded quota")
+    held = {
+        "refused": ReadOnly(world.platform, "clinic-b"),
+        "not answered": Unanswered(world.platform, "clinic-b", error),
+    }
+    seen: list[bool] = []
+
+    async def story() -> None:
+        await looked_at(world, world.operator(), lambda: all_reserved(world))
+        operator = world.operator(held[kind])
+        while not world.ended() and world.now - START < timedelta(hours=1):
+            await looked_at(world, operator, lambda: False, hours=0.001)
+            seen.append(bool(world.status["dropped"]))
+        assert world.ended(), world.status
+
+    asyncio.run(story())
+    assert (world.status["phase"], world.status["counted"], world.status["leftOut"]) == ("Complete", ["a"], ["b"])
+    assert sum(one != other for one, other in itertools.pairwise(seen)) == 1, "it goes back and forth"
+
+
+def test_an_operator_that_was_away_past_the_deadline_asks_everybody_before_it_leaves_anybody_out() -> None:
+    world = World(deadlines={"reservationSeconds": 600})
+
+    async def story() -> None:
+        await world.look(world.operator())
+        world.now += timedelta(hours=1)
+        await world.go_on(world.operator(), world.ended)
+
+    asyncio.run(story())
+    one_of_each(world)
+
+
+def three_owners(**changed: Object | None) -> World:
+    """A quorum of two of a, b and c, with datasets as they are given: None is not there."""
+    names = [{"name": each, "dataset": {"namespace": f"clinic-{each}", "name": "scans"}} for each in "abc"]
+    world = World(lambda pod, child: None, quorum=2, clients=names, deadlines={"reservationSeconds": 600})
+    for client, spec in ({"c": {}} | changed).items():
+        world.platform.objects.pop((PDS.name, f"clinic-{client}", "scans"), None)
+        if spec is not None:
+            world.platform.put(PDS, dataset(client, **spec))
+    return world
+
+
+OTHER_SIZE: Object = {"image": {"channels": 1, "height": 16, "width": 16}}
+
+
+def test_datasets_that_do_not_fit_are_found_out_without_the_first_one() -> None:
+    world = three_owners(a=None, c=OTHER_SIZE)
+    asyncio.run(looked_at(world, world.operator(), world.ended))
+    assert world.failed()["status"] == "True" and "1 of 2 needed clients remain" in world.status["message"]
+    assert {entry.phase for entry in world.entries()} == {"Returned"}
+
+
+def test_an_owner_who_was_left_out_cannot_disturb_the_others_with_a_dataset() -> None:
+    """Nor is it asked for any more."""
+    world = three_owners(a=None)
+    calls: list[str] = []
+
+    class Listening:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(world.platform, name)
+
+        async def get(self, kind: Any, namespace: str, name: str) -> Any:
+            calls.append(namespace)
+            return await world.platform.get(kind, namespace, name)
+
+    async def story() -> None:
+        operator = world.operator(Listening())
+        await looked_at(world, operator, lambda: len(running(world)) == 2)
+        world.platform.put(PDS, dataset("a", **OTHER_SIZE))
+        await world.platform.patch(FDJ, "research", "job", {"spec": {"deadlines": None}})
+        calls.clear()
+        await looked_at(world, operator, world.ended, hours=0.1)
+
+    asyncio.run(story())
+    assert world.status["phase"] == "Releasing" and running(world) == {("release", "b"), ("release", "c")}
+    assert (world.status["leftOut"], "clinic-a" in calls) == (["a"], False)
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_reservation_that_was_not_seen_in_time_is_given_back_when_it_is(back: bool) -> None:
+    """The operator was started anew while an owner's namespace could not be read."""
+    world = World(lambda pod, child: None, quorum=1, deadlines={"reservationSeconds": 600})
+
+    class Blind(SeenChildren):
+        def releases_of(self, uid: str) -> list[Object]:
+            return [each for each in super().releases_of(uid) if each["metadata"]["namespace"] != "clinic-b"]
+
+        def dataset(self, namespace: str, name: str) -> Object | None:
+            return None if namespace == "clinic-b" else super().dataset(namespace, name)
+
+    class Closed(ReadOnly):
+        async def get(self, kind: Any, namespace: str, name: str) -> Any:
+            if namespace == self.namespace:
+                raise Refused("forbidden")
+            return await self.platform.get(kind, namespace, name)
+
+    async def story() -> None:
+        await looked_at(world, world.operator(), lambda: all_reserved(world))
+        operator = world.operator(Closed(world.platform, "clinic-b"))
+        while not running(world) and world.now - START < timedelta(hours=1):
+            await operator.job("research", "job", Blind(world.platform))
+            world.platform.live(world.now)
+            world.now += timedelta(seconds=15)
+        if back:
+            await looked_at(world, world.operator(), lambda: False, hours=0.1)
+
+    asyncio.run(story())
+    assert {entry.client: entry.phase for entry in world.entries()} == {
+        "a": "Charged",
+        "b": "Returned" if back else "Reserved",
+    }
+    assert running(world) == {("release", "a")}
+
+
+def test_what_ends_a_job_later_is_not_blamed_on_who_was_left_out() -> None:
+    world = World(lambda pod, child: (65, ""), quorum=1, deadlines={"reservationSeconds": 600})
+    asyncio.run(looked_at(world, world.operator(without_pods(world)), world.ended))
+    assert world.failed()["reason"] == "ClientsLost"
+    assert next(each["reason"] for each in world.status["dropped"] if each["client"] == "b").endswith("is forbidden")
 
 
 def test_the_reservation_deadline_counts_anew_from_when_a_job_goes_on() -> None:

@@ -115,7 +115,8 @@ class World:
         words = tuple(waiting(jobs, pods, self.now))
         reserving = self.asked.spec.deadlines.reservation_seconds
         too_late = reserving is not None and self.now >= NOW + timedelta(seconds=reserving)
-        return Observed(clients, stages, counted, too_late, late, words)
+        left_out = tuple(self.found.get("status", {}).get("leftOut", ()))
+        return Observed(clients, stages, counted, left_out, too_late, late, words)
 
     def look(self, crash: float = 0.0) -> Plan | None:
         """One reconcile, which may die between any two of its writes; it keeps nothing in memory."""

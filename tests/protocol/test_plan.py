@@ -323,49 +323,64 @@ LATE: dict[str, Any] = {"quorum": 2, "deadlines": {"reservationSeconds": 600}}
 @pytest.mark.parametrize(
     "late",
     [
-        ClientObserved(),
-        ClientObserved(Hold.RETURNED),
         refused(Reason.DATASET_MISSING),
         refused(Reason.LEDGER_MISMATCH),
         refused(Reason.LEDGER_MISMATCH, Hold.RESERVED),
-        ClientObserved(Hold.RESERVED, hindrance="jobs is forbidden"),
+        ClientObserved(hindrance="ledger of c: forbidden"),
+        ClientObserved(Hold.RESERVED, hindrance="release c: jobs is forbidden"),
     ],
-    ids=["unasked", "returned", "no dataset", "mismatch", "mismatch, reserved", "no rights, reserved"],
+    ids=["no dataset", "mismatch", "mismatch, reserved", "no rights", "no rights, reserved"],
 )
 def test_at_the_reservation_deadline_a_quorum_goes_on_without_who_has_not_reserved(late: ClientObserved) -> None:
     clients = {**holding(Hold.RESERVED, "ab"), "c": late}
-    waits = plan(job(**LATE), Observed(clients))
-    assert not any(isinstance(action, ChargeReservation) for action in waits.actions) or late.hindrance
-    assert waits.status.dropped == {}
+    waits = plan(job(**LATE), Observed(clients)).status
+    assert (waits.dropped, waits.left_out) == ({}, ())
     decision = plan(job(**LATE), Observed(clients, reservation_deadline_passed=True))
-    assert [each for each in decision.actions if isinstance(each, ChargeReservation)] == [
-        ChargeReservation("a"),
-        ChargeReservation("b"),
-    ]
-    assert (GiveBack("c") in decision.actions) is (late.hold is Hold.RESERVED)
-    words = late.refusal or late.hindrance or "its budget was not reserved by deadlines.reservationSeconds"
-    assert decision.status.dropped == {"c": words}
+    give_back = [GiveBack("c")] if late.hold is Hold.RESERVED else []
+    assert decision.actions == (*give_back, ChargeReservation("a"), ChargeReservation("b"))
+    words = late.refusal or late.hindrance
+    assert (decision.status.dropped, decision.status.left_out) == ({"c": words}, ("c",))
     alone = plan(job(deadlines=LATE["deadlines"]), Observed(clients, reservation_deadline_passed=True)).status
     assert alone.condition("Failed").reason is Reason.RESERVATION_DEADLINE_EXCEEDED
     assert words in alone.message
 
 
-def test_who_was_left_out_stays_out_once_others_release_and_nobody_else_is_left_out() -> None:
-    """Whatever the time says then, as when the job is suspended; a charge whose release has begun is only not seen."""
-    clients = {**holding(Hold.CHARGED, "ab"), "c": ClientObserved()}
-    assert plan(job(**LATE), Observed(clients)).actions == (Reserve("c"),)
-    decision = plan(job(**LATE), Observed(clients, dict([running(Stage.RELEASE, "a")])))
-    assert (starts(decision), list(decision.status.dropped)) == ([("release", "b")], ["c"])
-    unseen = plan(job(**LATE), Observed(clients, dict([running(Stage.RELEASE, "c")])))
-    assert unseen.status.dropped == {}
-    poor = {**clients, "c": refused(Reason.PRIVACY_BUDGET_EXCEEDED)}
-    assert plan(job(**LATE), Observed(poor, reservation_deadline_passed=True)).status.dropped == {
-        "c": "no: PrivacyBudgetExceeded"
-    }
-    reserved = {**holding(Hold.CHARGED, "ab"), "c": ClientObserved(Hold.RESERVED)}
-    assert plan(job(**LATE), Observed(reserved, reservation_deadline_passed=True)).actions == (ChargeReservation("c"),)
-    without = plan(job(quorum=2), Observed(clients, reservation_deadline_passed=True))
-    assert (without.actions, without.status.dropped) == ((Reserve("c"),), {})
+def test_who_is_left_out_stays_out_whatever_its_ledger_and_the_clock_say_later() -> None:
+    for seen in (
+        ClientObserved(),
+        refused(Reason.PRIVACY_BUDGET_EXCEEDED, Hold.RETURNED),
+        ClientObserved(Hold.CHARGED),
+    ):
+        clients = {**holding(Hold.CHARGED, "ab"), "c": seen}
+        decision = plan(job(quorum=2), Observed(clients, left_out=("c",)))
+        assert (starts(decision), decision.status.left_out) == ([("release", "a"), ("release", "b")], ("c",))
+    unseen = {**holding(Hold.CHARGED, "ab"), "c": ClientObserved(Hold.RESERVED)}
+    assert GiveBack("c") in plan(job(quorum=2), Observed(unseen, left_out=("c",))).actions
+
+
+@pytest.mark.parametrize(
+    ("story", "c", "stages"),
+    [
+        ("nothing hinders it, as after hours without an operator", ClientObserved(), {}),
+        ("it is reserved and nothing hinders it", ClientObserved(Hold.RESERVED), {}),
+        ("it is charged", refused(Reason.DATASET_MISSING, Hold.CHARGED), {}),
+        (
+            "a release has begun, so it was charged",
+            refused(Reason.DATASET_MISSING),
+            dict([running(Stage.RELEASE, "a")]),
+        ),
+    ],
+)
+def test_nobody_else_is_left_out(story: str, c: ClientObserved, stages: dict[StageKey, StageObserved]) -> None:
+    clients = {**holding(Hold.CHARGED, "ab"), "c": c}
+    decision = plan(job(**LATE), Observed(clients, stages, reservation_deadline_passed=True))
+    assert decision.status.left_out == (), story
+
+
+def test_a_charge_is_not_wasted_by_leaving_out_who_is_needed() -> None:
+    clients = {"a": ClientObserved(Hold.CHARGED), "b": ClientObserved(Hold.RESERVED, hindrance="forbidden")}
+    decision = plan(job("ab", deadlines=LATE["deadlines"]), Observed(clients, reservation_deadline_passed=True))
+    assert (decision.actions, decision.status.left_out) == ((ChargeReservation("b"),), ())
 
 
 @pytest.mark.parametrize("reason", [Reason.START_DEADLINE_EXCEEDED, Reason.STAGE_DEADLINE_EXCEEDED])
@@ -445,15 +460,15 @@ def any_state(draw: random.Random, names: str) -> Observed:
             kept = receipt(*key) if phase is StagePhase.SUCCEEDED else None
             stages[key] = StageObserved(phase, draw.randint(1, 6), draw.randint(0, 6), code, "", kept)
     counted = tuple(name for name in names if draw.random() < 0.3)
-    return Observed(clients, stages, counted, draw.random() < 0.3, draw.random() < 0.3)
+    left_out = tuple(name for name in names if draw.random() < 0.1)
+    return Observed(clients, stages, counted, left_out, draw.random() < 0.3, draw.random() < 0.3)
 
 
 def test_no_state_makes_a_release_start_without_its_charge() -> None:
     draw = random.Random(0)
     for _ in range(4_000):
         names = "abcd"[: draw.randint(1, 4)]
-        spec: dict[str, Any] = {"quorum": draw.randint(1, len(names)), "suspend": draw.random() < 0.1}
-        spec["deadlines"] = draw.choice([{}, {"reservationSeconds": 60}])
+        spec = {"quorum": draw.randint(1, len(names)), "suspend": draw.random() < 0.1}
         observed = any_state(draw, names)
         check_invariants(plan(job(names, **spec), observed), observed)
 

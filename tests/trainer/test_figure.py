@@ -51,6 +51,24 @@ def test_of_one_seed_there_is_no_bar_that_could_be_taken_for_a_small_one(tmp_pat
     assert not axis.patches
 
 
+def test_an_arm_has_its_colour_in_every_panel(tmp_path: Path) -> None:
+    """Also where another one was not measured."""
+    from matplotlib.figure import Figure
+
+    ours, local = ({"label": label, "x": [1], "mean": [0.5], "std": [None]} for label in ("ours", "local"))
+    panels = [{"title": "recall", "series": [ours, local]}, {"title": "coverage", "series": [local]}]
+    spec, found = spec_of(tmp_path, panels=panels), {}
+    for panel in spec.panels:
+        axis = Figure().subplots()
+        _draw_panel(axis, panel, spec)
+        found[panel.title] = {label: bars[0].get_color() for bars, label in _drawn(axis)}
+    assert found["coverage"]["local"] == found["recall"]["local"] != found["recall"]["ours"]
+
+
+def _drawn(axis: Any) -> Any:
+    return zip(*axis.get_legend_handles_labels(), strict=True)
+
+
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigurationInvalid, match=r"install feddiff\[experiment\]"):

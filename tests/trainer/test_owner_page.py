@@ -116,7 +116,7 @@ def test_the_page_opens_with_who_may_have_it_and_what_was_promised() -> None:
 
 def test_every_class_has_a_picture_of_every_column() -> None:
     page = owner_page(report_of()).decode()
-    alts = re.findall(r'alt="(\d) images, ([a-z ]+), class (\w+)"', page)
+    alts = re.findall(r'alt="(\d) images, ([a-z ]+), (\w+)"', page)
     titles = ["real", "released", "shared alone", "personal alone", "both"]
     assert alts == [(str(n), title, name) for n, name in ((8, "zero"), (5, "one")) for title in titles]
     assert page.count('class="rare"') == 2  # beside its pictures and in the table of classes

@@ -78,12 +78,21 @@ def draw(spec: FigureSpec) -> dict[str, Any]:
     return {"panels": len(spec.panels)}
 
 
+def colours_of(spec: FigureSpec) -> dict[str, str]:
+    """One for each arm, the same in every panel."""
+    labels = [series.label for panel in spec.panels for series in panel.series]
+    labels += [level.label for panel in spec.panels for level in panel.levels]
+    return {label: f"C{number}" for number, label in enumerate(dict.fromkeys(labels))}
+
+
 def _draw_panel(axis: "Axes", panel: Panel, spec: FigureSpec) -> None:
+    colours = colours_of(spec)
     for each in panel.series:
         bars = [math.nan if std is None else std for std in each.std]
-        axis.errorbar(each.x, each.mean, yerr=bars, label=each.label, marker="o", markersize=4, capsize=3)
-    for number, level in enumerate(panel.levels):
-        colour = f"C{len(panel.series) + number}"
+        colour = colours[each.label]
+        axis.errorbar(each.x, each.mean, yerr=bars, label=each.label, color=colour, marker="o", markersize=4, capsize=3)
+    for level in panel.levels:
+        colour = colours[level.label]
         axis.axhline(level.mean, label=level.label, linestyle="--", color=colour)
         if level.std is not None:
             axis.axhspan(level.mean - level.std, level.mean + level.std, color=colour, alpha=0.12)

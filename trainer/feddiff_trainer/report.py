@@ -250,7 +250,7 @@ def _samples_section(samples: LabelledImages, classes: ClassesSpec) -> Html:
 def _sheet(images_NCHW: Pixels, name: str) -> Html:
     if len(images_NCHW) == 0:
         return element("figure", element("figcaption", f"{name}: no samples"))
-    alt = f"{len(images_NCHW)} samples of the shared denoiser, class {name}"
+    alt = f"{len(images_NCHW)} samples of the shared denoiser, {name}"
     return element("figure", image(grid(images_NCHW, COLUMNS), alt, SHEET_FIT), element("figcaption", name))
 
 

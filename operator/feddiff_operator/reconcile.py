@@ -259,7 +259,8 @@ class Reconciler:
         taking_part = {name: ledger for name, ledger in ledgers.items() if name not in scene.left_out}
         for name, ledger in ledgers.items():
             seen = client_observed(scene.job, name, ledger.dataset, ledger.hold, ledger.refusal, self.setting)
-            seen = self._mistaken(scene, name, taking_part) or seen
+            if name in taking_part:
+                seen = self._mistaken(scene, name, taking_part) or seen
             clients[name] = replace(seen, hindrance=said.get(name, ""))
             stages = await self._released(scene, name, ledger, stages)
         if words := self.refused.get(scene.uid, {}).get(""):
@@ -279,8 +280,6 @@ class Reconciler:
 
     def _mistaken(self, scene: "_Scene", client: str, ledgers: Mapping[str, ClientLedger]) -> ClientObserved | None:
         """The client as one that cannot take part: its pods were refused, or its data do not fit the first client's."""
-        if client not in ledgers:
-            return None
         if words := self.refused.get(scene.uid, {}).get(client):
             return ClientObserved(ledgers[client].hold, words, Reason.INVALID_POD_TEMPLATE)
         first, own = next(iter(ledgers.values())).dataset, ledgers[client].dataset

@@ -15,9 +15,9 @@ from feddiff_protocol.plan import Hold
 
 from .children import Children
 from .cluster import CONFIG_MAP, FDJ, JOB, SERVICE, Cluster, Kind, Object, Refused
+from .endings import is_over, stopping
 from .events import Recorder
 from .ledger import ClusterLedger
-from .observe import is_over, stopping
 from .status import expires_at
 from .versions import Versions
 

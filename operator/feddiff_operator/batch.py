@@ -13,6 +13,7 @@ from feddiff_protocol.stages import Stage
 from .workloads import CONTAINER
 
 Object = Mapping[str, Any]
+WORDS_LENGTH = 300
 CONTROLLER_UID = "batch.kubernetes.io/controller-uid"  # written by the Job controller
 
 
@@ -51,6 +52,12 @@ def is_suspended(job: Object) -> bool:
 def is_out_of_time(job: Object) -> bool:
     """Whether it ends as soon as anything lets it go on: its controller then makes no pod."""
     return bool(job["spec"].get("activeDeadlineSeconds") == 0)
+
+
+def one_line(words: str) -> str:
+    """The platform's words, short enough for a status."""
+    words = " ".join(words.split()).strip(": ")
+    return words if len(words) <= WORDS_LENGTH else f"{words[: WORDS_LENGTH - 1]}…"
 
 
 def time_of(text: str) -> datetime:

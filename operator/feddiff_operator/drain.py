@@ -38,7 +38,7 @@ from .cluster import (
     Refused,
     Unavailable,
 )
-from .observe import is_over, stopping
+from .endings import is_over, stopping
 
 REASON = "Uninstalled"
 HOLDER, DRAINED = "drain", "drained"  # in the Lease: while it lasts, and afterwards

@@ -8,14 +8,14 @@ has a name that follows from what it is, so that doing it twice is doing it once
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
 from feddiff_protocol.errors import ConfigurationInvalid, PrivacyRefusal, SpecInvalid
-from feddiff_protocol.labels import CLIENT, MANAGER, STAGE, STOPPED
+from feddiff_protocol.labels import MANAGER, STOPPED
 from feddiff_protocol.ledger import Entry, Phase
 from feddiff_protocol.plan import (
     ChargeReservation,
@@ -32,25 +32,13 @@ from feddiff_protocol.plan import (
     StagePhase,
     Start,
     Status,
-    Stop,
-    durations_of,
     not_accepted,
     plan,
-    releases_that_count,
 )
-from feddiff_protocol.stages import (
-    AnyStageSpec,
-    BudgetLine,
-    ReleaseReference,
-    Stage,
-    owner_stage_spec,
-    release_spec,
-    report_spec,
-    train_shared_spec,
-)
+from feddiff_protocol.stages import AnyStageSpec, Stage
 
 from .aftermath import Aftermath
-from .batch import condition_of, pods_by_job, time_of
+from .batch import condition_of, pods_by_job
 from .children import Children, Once
 from .clients import client_observed, misfit
 from .cluster import (
@@ -69,26 +57,23 @@ from .cluster import (
     few_at_a_time,
 )
 from .durations import ended_now
+from .endings import record_of, stopping
 from .events import Recorder
 from .ledger import ClientLedger, ClusterLedger, charge_of
 from .metrics import Metrics
 from .observe import (
-    Deadline,
     children_of,
-    deadlines,
-    is_over,
-    record_of,
-    releasing_since,
     retry_at,
     stages_observed,
-    stopping,
-    waiting,
     with_recorded_release,
 )
 from .progress import Progresses, targets
+from .scene import Scene
 from .settings import Settings
+from .specs import release_to_come, spec_of, train_shared_to_come
 from .status import ended, job_status
 from .versions import Versions
+from .waiting import waiting
 from .workloads import InvalidPodTemplate, Setting, check_overlay, places, stage_objects
 
 WORDS_LENGTH = 1000  # of what is wrong with a job, which several conditions repeat
@@ -167,7 +152,7 @@ class Reconciler:
         pods = pods_by_job(children.pods_of(uid))
         own = children_of(job, uid, children.jobs_of(uid))
         jobs = [await self._recorded(dict(child), pods.get(child["metadata"]["name"], [])) for child in own]
-        scene = _Scene(found, job, uid, jobs, children.pods_of(uid), self.clock())
+        scene = Scene(found, job, uid, jobs, children.pods_of(uid), self.clock())
         self.progress.follow(job.metadata.namespace, job.metadata.name, uid, targets(jobs, scene.pods))
         if (stopped := await self._stop_what_is_overdue(scene)) is not None:
             return stopped
@@ -205,7 +190,7 @@ class Reconciler:
             self.metrics.stage_ended(end.stage, end.result, end.waited_seconds, end.ran_seconds)
         return recorded
 
-    async def _ledgers(self, scene: "_Scene", children: Children) -> dict[str, ClientLedger]:
+    async def _ledgers(self, scene: Scene, children: Children) -> dict[str, ClientLedger]:
         """What every client's ledger says. A charge is never undone, so one that a watch has shown is believed; so is
         a reservation, which the ledger looks for again before it charges. Everything else is read anew."""
         shown = self._entries_shown(scene, children)
@@ -225,14 +210,14 @@ class Reconciler:
         found |= dict(zip(others, looks, strict=True))
         return {client.name: found[client.name] for client in scene.job.spec.clients}
 
-    def _entries_shown(self, scene: "_Scene", children: Children) -> dict[str, Entry]:
+    def _entries_shown(self, scene: Scene, children: Children) -> dict[str, Entry]:
         """The entry of each client that a watch has shown, or that we charged before it did; charged ones first."""
         shown = [self._entry(release) for release in children.releases_of(scene.uid)]
         entries = [each for each in shown if isinstance(each, Entry)]
         charged = {each.client: each for each in entries if each.phase is Phase.CHARGED}
         return {each.client: each for each in entries} | self.charged.get(scene.uid, {}) | charged
 
-    def _holds(self, scene: "_Scene", entry: Entry, dataset: Object) -> bool:
+    def _holds(self, scene: Scene, entry: Entry, dataset: Object) -> bool:
         """Whether a reservation stands, by all that the watches show: then there is no need to ask the ledger."""
         consistent = condition_of(dataset, "LedgerConsistent") is not None
         current = entry.phase is Phase.RESERVED and entry.dataset_uid == dataset["metadata"]["uid"]
@@ -244,19 +229,19 @@ class Reconciler:
     def _parsed(self, dataset: Object | None) -> PrivateDataset | None:
         return self.ledger.parsed(dataset)[0] if dataset is not None else None
 
-    async def _look(self, scene: "_Scene", client: str) -> ClientLedger:
+    async def _look(self, scene: Scene, client: str) -> ClientLedger:
         """A ledger that we may not read is as good as none, until its owner lets us: the API server says so."""
         try:
             return await self.ledger.look(scene.job, scene.uid, client)
         except Refused as refusal:
             return ClientLedger(None, Hold.NONE, str(refusal))
 
-    async def _observe(self, scene: "_Scene", ledgers: Mapping[str, ClientLedger]) -> Observed:
+    async def _observe(self, scene: Scene, ledgers: Mapping[str, ClientLedger]) -> Observed:
         stages: dict[StageKey, StageObserved] = stages_observed(scene.jobs, scene.pods, scene.now)
         clients: dict[str, ClientObserved] = {}
         hindrances = self.hindrances.get(scene.uid, ())
         said = dict(hindrances)
-        taking_part = {name: ledger for name, ledger in ledgers.items() if name not in scene.left_out}
+        taking_part = scene.taking_part(ledgers)
         for name, ledger in ledgers.items():
             seen = client_observed(scene.job, name, ledger.dataset, ledger.hold, ledger.refusal, self.setting)
             if name in taking_part:
@@ -278,7 +263,7 @@ class Reconciler:
             waiting=(*waiting(scene.jobs, scene.pods, scene.now), *(words for _, words in hindrances)),
         )
 
-    def _mistaken(self, scene: "_Scene", client: str, ledgers: Mapping[str, ClientLedger]) -> ClientObserved | None:
+    def _mistaken(self, scene: Scene, client: str, ledgers: Mapping[str, ClientLedger]) -> ClientObserved | None:
         """The client as one that cannot take part: its pods were refused, or its data do not fit the first client's."""
         if words := self.refused.get(scene.uid, {}).get(client):
             return ClientObserved(ledgers[client].hold, words, Reason.INVALID_POD_TEMPLATE)
@@ -290,7 +275,7 @@ class Reconciler:
         return None
 
     async def _released(
-        self, scene: "_Scene", client: str, ledger: ClientLedger, stages: dict[StageKey, StageObserved]
+        self, scene: Scene, client: str, ledger: ClientLedger, stages: dict[StageKey, StageObserved]
     ) -> dict[StageKey, StageObserved]:
         """The stages, a finished release counting only when the ledger has its manifest, and no other one before."""
         key = (Stage.RELEASE, client)
@@ -309,7 +294,7 @@ class Reconciler:
             return {**stages, key: StageObserved(StagePhase.FAILED, seen.attempt, failures, code, str(refusal))}
         return stages
 
-    async def _stop_what_is_overdue(self, scene: "_Scene") -> float | None:
+    async def _stop_what_is_overdue(self, scene: Scene) -> float | None:
         """When to look again, if attempts had to be stopped; None when all are in time."""
         late = [each for each in scene.deadlines if each.at <= scene.now]
         if late and not await self.versions.is_current(scene.found):
@@ -321,7 +306,7 @@ class Reconciler:
 
     # -- carry out
 
-    async def _publish(self, found: Object, status: Status, observed: Observed, scene: "_Scene | None" = None) -> bool:
+    async def _publish(self, found: Object, status: Status, observed: Observed, scene: Scene | None = None) -> bool:
         """Whether the job's status had to be written, because it changed in what it says."""
         wanted = job_status(
             found,
@@ -345,7 +330,7 @@ class Reconciler:
         return True
 
     async def _carry_out(
-        self, scene: "_Scene", decision: Plan, observed: Observed, ledgers: Mapping[str, ClientLedger]
+        self, scene: Scene, decision: Plan, observed: Observed, ledgers: Mapping[str, ClientLedger]
     ) -> float | None:
         """Every action is under way. Seconds until the job wants to be looked at again."""
         known, refused = self.hindrances.pop(scene.uid, ()), dict(self.refused.get(scene.uid, {}))
@@ -356,9 +341,9 @@ class Reconciler:
         asked = [action for action in decision.actions if isinstance(action, Reserve | GiveBack)]
         asked += [ChargeReservation(client) for client in charges if all(rehearsals)]
         answers = await few_at_a_time(partial(self._ask, scene), asked)
-        for action in decision.actions:
-            if isinstance(action, Stop) and not _left_running(scene, decision, action):
-                await self._stop(scene, action)
+        for child in scene.to_stop(decision):
+            reason = "Suspended" if scene.job.spec.suspend else "NotNeeded"
+            await self._suspend(child["metadata"]["namespace"], child["metadata"]["name"], {STOPPED: reason})
         if charges or any(isinstance(action, Reserve) for action in asked):
             news = self.hindrances.get(scene.uid, ()) != known or self.refused.get(scene.uid, {}) != refused
             return 0.0 if news or (asked and all(answers)) else ASK_AGAIN_SECONDS
@@ -375,7 +360,7 @@ class Reconciler:
         retries = [later[each.stage, each.client] for each in starts if each not in due]
         return self._next_look(scene, decision, [*retries, *again])
 
-    def _next_look(self, scene: "_Scene", decision: Plan, retries: Iterable[datetime]) -> float | None:
+    def _next_look(self, scene: Scene, decision: Plan, retries: Iterable[datetime]) -> float | None:
         limits = (each.at for each in scene.deadlines)
         moments = (*retries, *limits, scene.reservation_deadline, scene.release_deadline)
         seconds = [(moment - scene.now).total_seconds() for moment in moments if moment and moment > scene.now]
@@ -383,7 +368,7 @@ class Reconciler:
             seconds.append(ASK_AGAIN_SECONDS)
         return min(seconds, default=None)
 
-    async def _ask(self, scene: "_Scene", action: Reserve | ChargeReservation | GiveBack) -> bool:
+    async def _ask(self, scene: Scene, action: Reserve | ChargeReservation | GiveBack) -> bool:
         """Whether the client's ledger did it; a refusal is for the next look to see, and to say."""
         job, uid, client = scene.job, scene.uid, action.client
         try:
@@ -411,47 +396,34 @@ class Reconciler:
             self.metrics.charged()
         return True
 
-    async def _stop(self, scene: "_Scene", action: Stop) -> None:
-        """Every attempt of the stage is suspended."""
-        for child in scene.running(action.stage, action.client):
-            metadata = child["metadata"]
-            reason = "Suspended" if scene.job.spec.suspend else "NotNeeded"
-            await self._suspend(metadata["namespace"], metadata["name"], {STOPPED: reason})
-
     async def _suspend(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None:
         """The batch Job is stopped, and says why; where its owner took our rights away it runs on."""
         with suppress(Refused):
             await self.cluster.patch(JOB, namespace, name, stopping(annotations))
 
-    async def _start(
-        self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]
-    ) -> None:
+    async def _start(self, scene: Scene, start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]) -> None:
         """The attempt's objects exist, or the job says what hinders them."""
         dataset = ledgers[start.client].dataset if start.client else None
         with self._refusals_noted(scene, start.stage, start.client):
-            for obj in stage_objects(
-                self.setting, scene.job, scene.uid, dataset, self._spec(scene, start, observed, ledgers)
-            ):
+            spec = spec_of(scene, start, observed, ledgers)
+            for obj in stage_objects(self.setting, scene.job, scene.uid, dataset, spec):
                 with suppress(AlreadyExists):  # by us before a crash, or by another replica
                     await self.cluster.create(KINDS[obj["kind"]], obj)
 
-    async def _rehearsed(self, scene: "_Scene", client: str, dataset: PrivateDataset | None) -> bool:
+    async def _rehearsed(self, scene: Scene, client: str, dataset: PrivateDataset | None) -> bool:
         """Whether the API server would take the client's release as it stands: a charge never comes back."""
         if dataset is None:
             return False
-        spec = release_spec(scene.job, scene.uid, client, dataset, places(scene.job, {client: dataset}), 1)
-        return await self._would_be_taken(scene, client, dataset, spec)
+        return await self._would_be_taken(scene, client, dataset, release_to_come(scene, client, dataset))
 
-    async def _shared_rehearsed(self, scene: "_Scene", dataset: PrivateDataset | None) -> bool:
+    async def _shared_rehearsed(self, scene: Scene, dataset: PrivateDataset | None) -> bool:
         """The same of train-shared, whose overlay is the job's: no reason to have spent anybody's budget."""
         if dataset is None:
             return False
-        to_come = (ReleaseReference(client=scene.job.spec.clients[0].name, manifest_sha256="0" * 64),)
-        spec = train_shared_spec(scene.job, scene.uid, dataset, to_come, places(scene.job, {}), 1)
-        return await self._would_be_taken(scene, "", None, spec)
+        return await self._would_be_taken(scene, "", None, train_shared_to_come(scene, dataset))
 
     async def _would_be_taken(
-        self, scene: "_Scene", client: str, dataset: PrivateDataset | None, spec: AnyStageSpec
+        self, scene: Scene, client: str, dataset: PrivateDataset | None, spec: AnyStageSpec
     ) -> bool:
         with self._refusals_noted(scene, spec.stage, client):
             for obj in stage_objects(self.setting, scene.job, scene.uid, dataset, spec):
@@ -461,7 +433,7 @@ class Reconciler:
         return False
 
     @contextmanager
-    def _refusals_noted(self, scene: "_Scene", stage: Stage, client: str) -> Iterator[None]:
+    def _refusals_noted(self, scene: Scene, stage: Stage, client: str) -> Iterator[None]:
         """What the API server does not take is for the next look to see."""
         try:
             yield
@@ -471,118 +443,9 @@ class Reconciler:
         except Refused as error:  # a quota, a missing role: somebody can mend it while we wait
             self._hindered(scene, client, f"{stage} {client}".strip() + f": {error}")
 
-    def _hindered(self, scene: "_Scene", client: str, words: str) -> None:
+    def _hindered(self, scene: Scene, client: str, words: str) -> None:
         """For the next look to say, and to try again."""
         self.hindrances[scene.uid] = (*self.hindrances.get(scene.uid, ()), (client, words))
-
-    def _spec(
-        self, scene: "_Scene", start: Start, observed: Observed, ledgers: Mapping[str, ClientLedger]
-    ) -> AnyStageSpec:
-        job, uid, client, attempt = scene.job, scene.uid, start.client, start.attempt
-        datasets = {
-            name: ledger.dataset
-            for name, ledger in ledgers.items()
-            if ledger.dataset is not None and name not in scene.left_out
-        }
-        where = places(job, {client: datasets[client]} if client else {})
-        if start.stage is Stage.RELEASE:
-            entry = ledgers[client].entry
-            assert entry is not None, "a release starts only after its charge"
-            return release_spec(job, uid, client, _under_uid(datasets[client], entry.dataset_uid), where, attempt)
-        releases = releases_that_count(observed, scene.counted)
-        if start.stage is Stage.TRAIN_SHARED:
-            return train_shared_spec(job, uid, next(iter(datasets.values())), releases, where, attempt)
-        shared = observed.stages.get((Stage.TRAIN_SHARED, ""))
-        denoiser = shared.receipt.outputs["denoiser"] if shared is not None and shared.receipt is not None else ""
-        if start.stage is Stage.REPORT:
-            return report_spec(
-                job,
-                uid,
-                next(iter(datasets.values())),
-                releases,
-                tuple(_budget_line(client, ledgers[client].dataset) for client in scene.counted),
-                durations_of(observed.stages),
-                f"kubectl apply -f {job.metadata.name}.yaml",
-                denoiser,
-                where,
-                attempt,
-            )
-        return owner_stage_spec(start.stage, job, uid, client, datasets[client], releases, denoiser, where, attempt)
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """One job and its children, at one moment."""
-
-    found: Object
-    job: FederatedDiffusionJob
-    uid: str
-    jobs: Sequence[Object]
-    pods: Sequence[Object]
-    now: datetime
-
-    @cached_property
-    def deadlines(self) -> list[Deadline]:
-        return deadlines(self.job, self.jobs, self.pods)
-
-    @property
-    def counted(self) -> tuple[str, ...]:
-        return tuple((self.found.get("status") or {}).get("counted") or ())
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        return tuple((self.found.get("status") or {}).get("leftOut") or ())
-
-    @property
-    def releasing_since(self) -> datetime | None:
-        """When the first release began to run, as the status says or the children do; None before that."""
-        known = (self.found.get("status") or {}).get("releasingSince")
-        return time_of(known) if known else releasing_since(self.jobs, self.pods)
-
-    @property
-    def going_on_since(self) -> datetime | None:
-        """When the job began, or went on after it was suspended; None while it is."""
-        goes_on = condition_of(self.found, "Suspended", status="False")
-        return time_of(goes_on["lastTransitionTime"]) if goes_on is not None and not self.job.spec.suspend else None
-
-    @property
-    def reservation_deadline(self) -> datetime | None:
-        """It stands still while the job is suspended, and counts anew from when it goes on."""
-        seconds, since = self.job.spec.deadlines.reservation_seconds, self.going_on_since
-        return since + timedelta(seconds=seconds) if seconds is not None and since is not None else None
-
-    @property
-    def release_deadline(self) -> datetime | None:
-        """None before the first release, and once the releases are counted; otherwise as the other one."""
-        seconds, since = self.job.spec.deadlines.release_seconds, self.releasing_since
-        if seconds is None or since is None or self.counted or self.going_on_since is None:
-            return None
-        return max(since, self.going_on_since) + timedelta(seconds=seconds)
-
-    def passed(self, deadline: datetime | None) -> bool:
-        return deadline is not None and deadline <= self.now
-
-    def running(self, stage: Stage, client: str) -> list[Object]:
-        return [
-            child
-            for child in self.jobs
-            if _stage_of(child) is stage
-            and child["metadata"]["labels"].get(CLIENT, "") == client
-            and not is_over(child)
-        ]
-
-
-def _left_running(scene: _Scene, decision: Plan, stop: Stop) -> bool:
-    """Whether cleanPodPolicy None leaves the stage alone: the job has ended, and it was part of it to the end. What
-    was late or dropped is stopped all the same, and so is a release that will never count."""
-    ends = decision.status.phase in (JobPhase.COMPLETE, JobPhase.FAILED)
-    took_part = scene.counted and stop.client in ("", *scene.counted) and stop.client not in decision.status.dropped
-    spec = scene.job.spec
-    return bool(ends and took_part) and spec.clean_pod_policy == "None" and not spec.suspend
-
-
-def _stage_of(child: Object) -> Stage:
-    return Stage(child["metadata"]["labels"][STAGE])
 
 
 def _understood(found: Mapping[str, Any]) -> FederatedDiffusionJob | SpecInvalid:
@@ -595,22 +458,3 @@ def _understood(found: Mapping[str, Any]) -> FederatedDiffusionJob | SpecInvalid
     except SpecInvalid as error:
         return error
     return job
-
-
-def _under_uid(dataset: PrivateDataset, uid: str) -> PrivateDataset:
-    """The dataset under the uid that its entry was made for: that names the release, whatever was recreated since."""
-    return dataset.model_copy(update={"metadata": dataset.metadata.model_copy(update={"uid": uid})})
-
-
-def _budget_line(client: str, dataset: PrivateDataset | None) -> BudgetLine:
-    assert dataset is not None, "a job whose dataset is gone has lost the client"
-    budget = (dataset.status or {}).get("budget") or {}
-    return BudgetLine(
-        client=client,
-        budget_epsilon=str(dataset.spec.budget.epsilon),
-        spent_epsilon=str(budget.get("spent", "")),
-        remaining_epsilon=str(budget.get("remaining", "")),
-        remaining_pure_epsilon=str(budget.get("remainingPure", "")) if dataset.spec.budget.pure_epsilon else "",
-        delta=str(dataset.spec.budget.delta),
-        num_releases=int((dataset.status or {}).get("numReleases", 0)),
-    )

@@ -259,9 +259,15 @@ class _Run:
         if client in self.left_out:
             return Reason.RESERVATION_DEADLINE_EXCEEDED, seen.refusal or seen.hindrance
         if seen.refusal and self._drops(seen, client):
-            return seen.reason, seen.refusal
+            return self._reason_to_drop(seen), seen.refusal
         gone = (self._gave_up(stage, client) for stage in (Stage.RELEASE, *OWNER_STAGES))
         return next((why for why in gone if why), None)
+
+    @staticmethod
+    def _reason_to_drop(seen: ClientObserved) -> Reason:
+        """We gave back what the ledger refuses to reserve twice: its budget is not why, whatever else was."""
+        given_back = seen.hold is Hold.RETURNED and seen.reason is Reason.PRIVACY_BUDGET_EXCEEDED
+        return Reason.CLIENTS_LOST if given_back else seen.reason
 
     def _too_late_to_reserve(self) -> tuple[str, ...]:
         """Who is left out from now on: those not charged by the deadline that something is said to hinder. Not once a
@@ -327,16 +333,17 @@ class _Run:
         return None
 
     def _reason_of_losses(self) -> Reason:
-        """A refusal before everything else; then what all losses have in common."""
+        """A refusal before everything else; then what all losses have in common, apart from what followed from one."""
         if Reason.PRIVACY_BUDGET_EXCEEDED in self.reasons:
             return Reason.PRIVACY_BUDGET_EXCEEDED
         if Reason.ACCESS_DENIED in self.reasons:
             return Reason.ACCESS_DENIED
-        common = set(self.reasons)
+        common = set(self.reasons) - {Reason.CLIENTS_LOST}
         return common.pop() if len(common) == 1 and common != {Reason.STAGE_FAILED} else Reason.CLIENTS_LOST
 
     def _losses(self) -> str:
-        shown = [f"client {name}: {why}" for name, why in list(self.dropped.items())[:5]]
+        causes_first = sorted(self.dropped.items(), key=lambda each: self.hold(each[0]) is Hold.RETURNED)
+        shown = [f"client {name}: {why}" for name, why in causes_first[:5]]
         more = len(self.dropped) - len(shown)
         return "; ".join([*shown, f"and {more} more"] if more else shown)
 

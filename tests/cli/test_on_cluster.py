@@ -25,8 +25,9 @@ import yaml
 
 from cluster.kubernetes import CommandFailed, ControlPlane
 from feddiff import main as command
-from feddiff_operator import observe, workloads
+from feddiff_operator import workloads
 from feddiff_operator.status import job_status
+from feddiff_operator.waiting import waiting
 from feddiff_protocol import labels, ledger
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset, parse
 from feddiff_protocol.ledger import Account, Entry, Phase
@@ -281,7 +282,7 @@ def waiting_job(world: World) -> FederatedDiffusionJob:
         (Stage.RELEASE, "b"): StageObserved(StagePhase.RUNNING, 1),
     }
     pods = world.pods(batch)
-    words = tuple(observe.waiting([batch], pods, NOW))
+    words = tuple(waiting([batch], pods, NOW))
     assert words == (f"release of b: Unschedulable: {UNSCHEDULABLE}",)
     clients = {"a": ClientObserved(Hold.CHARGED), "b": ClientObserved(Hold.CHARGED)}
     world.publish(job, Observed(clients, stages, waiting=words))

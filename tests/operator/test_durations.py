@@ -7,7 +7,7 @@ import pytest
 
 from batch_objects import NOW, batch_job, pod, receipt
 from feddiff_operator.durations import Ended, ended_now
-from feddiff_operator.observe import record_of
+from feddiff_operator.endings import record_of
 from feddiff_protocol.stages import Stage
 
 Object = dict[str, Any]

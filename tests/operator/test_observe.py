@@ -23,19 +23,17 @@ from batch_objects import (
     unscheduled,
     with_condition,
 )
+from feddiff_operator.endings import MEANING, is_over, record_of
 from feddiff_operator.observe import (
-    MEANING,
     Deadline,
     children_of,
     deadlines,
-    is_over,
-    record_of,
     releasing_since,
     retry_at,
     stages_observed,
-    waiting,
     with_recorded_release,
 )
+from feddiff_operator.waiting import waiting
 from feddiff_protocol import errors
 from feddiff_protocol.labels import EXIT_CODE, LOST, MESSAGE, RECEIPT, STOPPED, STOPPED_BECAUSE, UNKNOWN
 from feddiff_protocol.plan import Reason, StageObserved, StagePhase

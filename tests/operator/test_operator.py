@@ -9,7 +9,7 @@ import pytest
 
 from feddiff_operator.batch import condition_of, is_finished
 from feddiff_operator.cluster import CONFIG_MAP, EVENT, FDJ, JOB, PDS, POD, SERVICE
-from feddiff_operator.observe import stopping
+from feddiff_operator.endings import stopping
 from feddiff_protocol.labels import STOPPED
 
 Object = dict[str, Any]

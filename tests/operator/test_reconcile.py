@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.kubelet import receipt_of
 from fake_cluster import FakeCluster, Killed, Mortal, Platform, SeenChildren, no_sleep
 from feddiff_operator import ledger as operator_ledger
-from feddiff_operator import reconcile, workloads
+from feddiff_operator import reconcile, scene, workloads
 from feddiff_operator.cluster import (
     CONFIG_MAP,
     FDJ,
@@ -35,6 +35,7 @@ from feddiff_operator.ledger import ClusterLedger
 from feddiff_operator.metrics import Metrics
 from feddiff_operator.progress import Progresses
 from feddiff_operator.reconcile import Reconciler
+from feddiff_operator.scene import Scene
 from feddiff_operator.settings import Settings
 from feddiff_operator.versions import Versions
 from feddiff_protocol.ledger import inconsistency
@@ -204,6 +205,29 @@ def test_an_operator_may_die_at_any_call_of_a_job(after: bool) -> None:
         asyncio.run(world.go_on(world.operator(), world.ended))
         one_of_each(world)
     assert num_deaths > 100, "every call of a whole job was a place to die"
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the call", "after it took effect"])
+@pytest.mark.parametrize(
+    ("withdrawn", "reason"),
+    [({"access": []}, "AccessDenied"), ({"podTemplate": {"spec": {"hostNetwork": True}}}, "InvalidPodTemplate")],
+)
+def test_a_job_that_fails_says_why_wherever_its_operator_dies(withdrawn: Object, reason: str, after: bool) -> None:
+    """What it gave back on the way is not the reason."""
+    for dies_at in itertools.count(1):
+        world = World()
+        ready_to_charge(world)
+        found = world.platform.objects[PDS.name, "clinic-b", "scans"]
+        world.platform.put(PDS, {**found, "spec": {**found["spec"], **withdrawn}})
+        try:
+            asyncio.run(world.go_on(world.operator(Mortal(world.platform, dies_at, after)), world.ended))
+        except Killed:
+            asyncio.run(world.go_on(world.operator(), world.ended))
+        else:
+            break
+        assert world.failed()["reason"] == reason, (dies_at, world.failed())
+        assert {entry.phase for entry in world.entries()} == {"Returned"}
+    assert dies_at > 5, "every call was a place to die"
 
 
 def test_children_with_other_names_after_a_crash_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +454,7 @@ def test_a_late_clients_pods_are_stopped_whatever_the_clean_pod_policy_says() ->
 
 def test_a_policy_that_spared_late_clients_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: the policy for jobs that have ended, asked of one that goes on."""
-    monkeypatch.setattr(reconcile, "_left_running", lambda scene, decision, stop: bool(scene.counted))
+    monkeypatch.setattr(Scene, "_left_running", lambda scene, decision, client: bool(scene.counted))
     world = World(lambda pod, child: None if late_b(pod, child) else world.good(pod, child), **LATE)
     asyncio.run(runs_with_a_late_client(world))
     assert ("release", "b") in running(world)
@@ -494,7 +518,7 @@ def test_a_deadline_that_ran_from_the_jobs_creation_would_lose_what_was_charged(
         made = [each["metadata"]["creationTimestamp"] for each in jobs]
         return datetime.fromisoformat(min(made)) if made else None
 
-    monkeypatch.setattr(reconcile, "releasing_since", created)
+    monkeypatch.setattr(scene, "releasing_since", created)
     world = World(**LATE)
     queued_releases(world)
     assert world.failed()["reason"] == "ReleaseDeadlineExceeded"
@@ -560,7 +584,7 @@ def test_the_release_deadline_counts_anew_from_when_a_job_goes_on() -> None:
 def test_a_deadline_that_ran_on_would_end_a_suspended_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant."""
     runs_on = property(lambda scene: scene.releasing_since and scene.releasing_since + timedelta(seconds=60))
-    monkeypatch.setattr(reconcile._Scene, "release_deadline", runs_on)
+    monkeypatch.setattr(Scene, "release_deadline", runs_on)
     world = with_slow_b(attempts=1)
     with pytest.raises(AssertionError, match="'Failed' == 'Suspended'"):
         suspended_for_an_hour(world)

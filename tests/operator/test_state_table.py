@@ -29,20 +29,19 @@ from batch_objects import (
     unscheduled,
     with_condition,
 )
-from feddiff_operator import observe
+from feddiff_operator import endings
 from feddiff_operator.clients import client_observed
+from feddiff_operator.endings import record_of, stopping
 from feddiff_operator.observe import (
     children_of,
     deadlines,
-    record_of,
     releasing_since,
     retry_at,
     stages_observed,
-    stopping,
-    waiting,
     with_recorded_release,
 )
 from feddiff_operator.status import ended, job_status
+from feddiff_operator.waiting import waiting
 from feddiff_protocol import plan as planning
 from feddiff_protocol.api import FederatedDiffusionJob, PrivateDataset
 from feddiff_protocol.plan import (
@@ -561,7 +560,7 @@ def test_the_page_says_what_the_code_does() -> None:
 
 def test_a_platform_loss_that_counted_as_a_failure_would_change_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome("Training", "evicted, preempted") == "again, not counted"
-    monkeypatch.setattr(observe, "_taken", lambda pod: "")
+    monkeypatch.setattr(endings, "_taken", lambda pod: "")
     assert outcome("Training", "evicted, preempted") == "again, counted"
 
 

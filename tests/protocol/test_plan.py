@@ -312,6 +312,17 @@ def test_a_job_that_lost_its_clients_says_why(story: str, reasons: tuple[Reason,
     assert plan(job("ab"), Observed(clients)).status.condition("Failed").reason == expected, story
 
 
+def test_what_was_given_back_on_the_way_is_not_why_a_job_failed() -> None:
+    given_back = refused(Reason.PRIVACY_BUDGET_EXCEEDED, Hold.RETURNED)
+    for reason in (Reason.ACCESS_DENIED, Reason.INVALID_SPEC):
+        clients = {**dict.fromkeys("abcdef", given_back), "g": refused(reason)}
+        failure = plan(job("abcdefg"), Observed(clients)).status.condition("Failed")
+        assert failure.reason == reason
+        assert clients["g"].refusal in failure.message, "the cause before what followed from it"
+    alone = plan(job("a"), Observed({"a": given_back})).status.condition("Failed")
+    assert alone.reason is Reason.CLIENTS_LOST
+
+
 def test_a_budget_that_is_held_is_no_question_any_more() -> None:
     clients = {name: refused(Reason.PRIVACY_BUDGET_EXCEEDED, Hold.CHARGED) for name in "abc"}
     assert plan(job(), Observed(clients)).status.dropped == {}

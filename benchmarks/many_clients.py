@@ -1,12 +1,12 @@
 """What a hundred or a thousand clients cost on one machine: time by client, and memory that does not grow with them.
 
-    python benchmarks/many_clients.py OUT.jsonl [--clients 8 32 128] [--until released]
+    python benchmarks/many_clients.py OUT.jsonl [--clients 8 32 128] [--size 8] [--until released]
 
-`feddiff split` deals random 8×8 images to the clients, 20 to each, `feddiff plan` plans their job by `summary` and
-`feddiff run` carries it out, two processes at a time, with trainings as short as can be. With --until the run is asked
-to stop when all have released, or when the shared denoiser is trained. One row per number of clients: wall seconds, the
-largest peak of resident memory of the engine and of one process of any stage in MiB, the largest sum over all stages at
-a time, and how many of them ran at most. Rows that OUT holds are not computed again.
+`feddiff split` deals random images of --size pixels a side to the clients, 20 to each, `feddiff plan` plans their job
+by `summary` and `feddiff run` carries it out, two processes at a time, with trainings as short as can be. With --until
+the run is asked to stop when all have released, or when the shared denoiser is trained. One row per number of clients:
+wall seconds, the largest peak of resident memory of the engine and of one process of any stage in MiB, the largest sum
+over all stages at a time, and how many of them ran at most. Rows that OUT holds are not computed again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from measuring import highest_memory
 from feddiff.experiment import commit, cpu_model
 from feddiff_protocol.errors import Interrupted
 
-SIDE, NUM_CLASSES, RECORDS, PROCESSES = 8, 10, 20, 2
+NUM_CLASSES, RECORDS, PROCESSES = 10, 20, 2
 SHORTER = {
     "shared: {images: 2000000, batch: 256, replicas: 1}": "shared: {images: 25600, batch: 256, replicas: 1}",
     "personal: {images: 200000, batch: 64}": "personal: {images: 6400, batch: 64}\n  network: {baseWidth: 8}",
@@ -42,15 +42,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--size", type=int, default=8)
     parser.add_argument("--until", choices=["released", "trained", "complete"], default="complete")
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.out.open()] if arguments.out.exists() else []
-    done = {(row["clients"], row["until"]) for row in rows}
+    done = {(row["clients"], row["size"], row["until"]) for row in rows}
     for clients in arguments.clients:
-        if (clients, arguments.until) in done:
+        if (clients, arguments.size, arguments.until) in done:
             continue
-        row = {"benchmark": "many_clients", "clients": clients, "until": arguments.until}
-        row |= measured(clients, arguments.until)
+        row = {"benchmark": "many_clients", "clients": clients, "size": arguments.size, "until": arguments.until}
+        row |= measured(clients, arguments.size, arguments.until)
         row |= {"processes": PROCESSES, "cpu": cpu_model(), "cores": os.cpu_count(), "commit": commit()}
         row |= {"load_average": round(os.getloadavg()[0], 2), "command": f"python {' '.join(sys.argv)}"}
         with arguments.out.open("a") as file:
@@ -58,10 +59,10 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
 
-def measured(clients: int, until: str) -> dict[str, Any]:
+def measured(clients: int, size: int, until: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        images = np.random.default_rng(0).integers(0, 256, (clients * RECORDS, SIDE, SIDE), dtype=np.uint8)
+        images = np.random.default_rng(0).integers(0, 256, (clients * RECORDS, size, size), dtype=np.uint8)
         np.savez(folder / "all.npz", images=images, labels=np.arange(len(images)) % NUM_CLASSES)
         split = ["split", "all.npz", "--out", "federation", "--clients", str(clients), "--holdout", "0"]
         split_seconds = timed([*FEDDIFF, *split, "--json"], folder)

@@ -311,7 +311,7 @@ def test_without_noise_a_summary_gives_back_the_covariance_of_its_class() -> Non
         map_DD=map_DD,
     )
     for label, x_ND in enumerate(x_KND):
-        found_DD = unmapped(evaluate.noisy_covariance(through_map, label), through_map)
+        found_DD = unmapped(evaluate.noisy_covariance(through_map, label), map_DD)
         torch.testing.assert_close(found_DD, torch.cov(x_ND.T, correction=0))
 
 

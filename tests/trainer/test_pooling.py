@@ -1,7 +1,11 @@
 """Pooling against the Gaussian behind the summaries: unbiased, weighed by precision, positive with its trace kept."""
 
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf, sqrt
 
 import pytest
@@ -11,19 +15,20 @@ from torch import Tensor
 from feddiff_protocol.errors import DataInvalid
 from feddiff_protocol.privunit import best_cap
 from feddiff_protocol.promise import CENTRED_FROM
+from feddiff_trainer import pooling
 from feddiff_trainer.pooling import (
     TRACE_FLOOR,
     OwnerSummary,
-    PooledMean,
+    PooledClass,
     exact,
     exact_summary,
     expected_centre_error,
     moments_of,
     on_simplex,
-    owner_covariance,
     packed,
     pool,
     project_keeping_trace,
+    said_of_class,
     shrink_to_shared,
     unpacked,
 )
@@ -73,37 +78,34 @@ def test_without_noise_and_with_many_records_the_pool_is_the_true_gaussian() -> 
 @pytest.mark.parametrize("counts", [(40, 60), (5, 8), (40, 5), (100,)])
 def test_pooled_mean_and_owners_covariances_are_unbiased(counts: tuple[int, ...]) -> None:
     """Over 800 draws of records and noise, both kinds of centre; large noise, so that its own share would show."""
-    deviation, standard_error = covariance_bias(counts, owner_covariance)
+    deviation, standard_error = covariance_bias(counts)
     assert deviation < 4.5 * standard_error
 
 
 @pytest.mark.parametrize("counts", [(40, 60), (5, 8), (40, 5), (100,)])
-def test_taking_the_second_moment_for_the_covariance_is_biased(counts: tuple[int, ...]) -> None:
+def test_taking_the_second_moment_for_the_covariance_is_biased(
+    counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Mutant: S2/n as it is, without correction for its centre."""
-
-    def uncorrected(owner: OwnerSummary, k: int, pooled: PooledMean) -> Tensor:
-        return unpacked(owner.moment_sums_KM[k] / float(owner.counts_K[k]), VALUES)
-
-    deviation, standard_error = covariance_bias(counts, uncorrected)
+    nothing_DD = torch.zeros(VALUES, VALUES, dtype=torch.float64)
+    for correction in ("expected_centre_error", "constant_centre_error"):
+        monkeypatch.setattr(pooling, correction, lambda *known: nothing_DD)
+    deviation, standard_error = covariance_bias(counts)
     assert deviation > 4.5 * standard_error
 
 
-def covariance_bias(
-    counts: tuple[int, ...], estimate: Callable[[OwnerSummary, int, PooledMean], Tensor]
-) -> tuple[float, float]:
-    """Largest bias of the owners' mean covariance over many draws, and the standard error of that entry."""
+def covariance_bias(counts: tuple[int, ...]) -> tuple[float, float]:
+    """Largest bias of the pooled covariance of one class over many draws, and the standard error of that entry."""
     generator = torch.Generator().manual_seed(2)
     middle_D = torch.tensor([0.4, 0.6, 0.5], dtype=torch.float64)  # far from 0 and 1: the mean's clip is tested apart
     estimates = []
     for _ in range(800):
-        owners = [summary_of([records(n, generator, middle_D)], 4.0, 0.5, generator) for n in counts]
-        mean_D = torch.stack([o.mean_sums_KD[0] for o in owners]).sum(0) / sum(counts)
-        weights = [n / sum(counts) for n in counts]
-        noise_variance = sum((w * 4.0 / n) ** 2 for w, n in zip(weights, counts, strict=True))
-        share = sum(w**2 / n for w, n in zip(weights, counts, strict=True))
-        pooled = PooledMean(mean_D, noise_variance, share)
-        estimates.append(sum(w * estimate(o, 0, pooled) for w, o in zip(weights, owners, strict=True)))
-    stacked = torch.stack([torch.as_tensor(e) for e in estimates])
+        pooled = PooledClass(VALUES)
+        for n in counts:
+            owner = summary_of([records(n, generator, middle_D)], 4.0, 0.5, generator)
+            pooled.add(said_of_class(owner, 0, 0.03), 0.03)
+        estimates.append(pooled.covariance(None))
+    stacked = torch.stack(estimates)
     deviation_DD = (stacked.mean(0) - COVARIANCE).abs()
     worst = int((deviation_DD / stacked.std(0)).argmax())
     return deviation_DD.flatten()[worst].item(), stacked.std(0).flatten()[worst].item() / sqrt(len(stacked))
@@ -144,6 +146,45 @@ def test_an_owner_without_records_of_a_class_counts_for_nothing() -> None:
     empty = OwnerSummary(*garbage, torch.tensor([0]), 1.0, 1.0, 1.0, CENTRE)
     for alone, both in zip(pool([holder], 0.03), pool([empty, holder], 0.03), strict=True):
         assert torch.equal(alone, both)
+
+
+def test_no_more_than_one_owner_is_held_at_a_time() -> None:
+    generator, seen = torch.Generator().manual_seed(24), []
+
+    def owners() -> Iterator[OwnerSummary]:
+        for number in range(20):
+            assert sum(owner() is not None for owner in seen) <= 1, f"earlier ones before owner {number}"
+            owner = summary_of([records(20 + number, generator)], 1.0, 1.0, generator)
+            seen.append(weakref.ref(owner))
+            yield owner
+            del owner
+
+    pool(owners(), 0.03)
+    with pytest.raises(AssertionError, match="earlier ones before owner 2"):  # mutant: all of them in a list
+        seen.clear()
+        pool(list(owners()), 0.03)
+
+
+PEAKS = """
+import resource, torch
+from feddiff_trainer.pooling import OwnerSummary, pool
+
+def owners(count):
+    for number in range(count):
+        n = torch.tensor([5 + number % 2 * 40])  # about the constant and about the class's own mean
+        yield OwnerSummary(torch.rand(1, 600).double(), torch.rand(1, 180_300).double(), n, 1.0, 1.0, 1.0, 0.5)
+
+for count in (4, 204):
+    pool(owners(count), 0.05)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_two_hundred_owners_more_take_no_more_memory() -> None:
+    """Their sums alone would be 275 MiB, a matrix for each in float64 twice that."""
+    run = subprocess.run([sys.executable, "-c", PEAKS], check=True, capture_output=True, text=True)
+    few, many = (int(line) >> 10 for line in run.stdout.split())
+    assert many - few < 100, f"{few} and {many} MiB"
 
 
 def test_a_class_that_nobody_has_is_refused() -> None:
@@ -246,7 +287,7 @@ def test_own_sums_stand_exact_for_the_release_at_home_and_help_the_classes_that_
         owners = [summary_of(x, 3.0, 6.0, generator) for x in (mine, theirs)]
         label_N = torch.tensor([0] * 150 + [1] * 5)
         exact = exact_summary(torch.cat(mine), label_N, owners[0])
-        for found, home in ((released, None), (at_home, {0: exact})):
+        for found, home in ((released, None), (at_home, {0: lambda _, own=exact: own})):
             means_KD, covariances_KDD = pool(owners, 0.03, at_home=home)
             errors = (means_KD[0] - 2 * MEAN + 1).norm(), *(covariances_KDD - 4 * COVARIANCE).norm(dim=(1, 2))
             found.append([float(error) for error in errors])
@@ -293,7 +334,7 @@ def test_an_owners_own_sums_are_mapped_as_its_release_is() -> None:
     x_ND = records(60, torch.Generator().manual_seed(18))
     released = mapped_summary_of(x_ND, 3.0, torch.Generator().manual_seed(19))
     exact = exact_summary(x_ND, torch.zeros(60, dtype=torch.long), released)
-    torch.testing.assert_close(pool([released], 0.03, at_home={0: exact})[1][0] / 4, torch.cov(x_ND.T))
+    torch.testing.assert_close(pool([released], 0.03, at_home={0: lambda _: exact})[1][0] / 4, torch.cov(x_ND.T))
 
 
 def test_exact_sums_of_one_owner_alone_give_the_moments_of_its_records() -> None:
@@ -301,7 +342,7 @@ def test_exact_sums_of_one_owner_alone_give_the_moments_of_its_records() -> None
     x_ND = records(60, generator)
     noisy = summary_of([x_ND], 3.0, 3.0, generator)
     exact = exact_summary(x_ND, torch.zeros(60, dtype=torch.long), noisy)
-    means_KD, covariances_KDD = pool([noisy], 0.03, at_home={0: exact})
+    means_KD, covariances_KDD = pool([noisy], 0.03, at_home={0: lambda _: exact})
     torch.testing.assert_close((means_KD[0] + 1) / 2, x_ND.mean(dim=0))
     torch.testing.assert_close(covariances_KDD[0] / 4, torch.cov(x_ND.T))
     assert (pool([noisy], 0.03)[0] - means_KD).norm() > 0.01  # mutant: the release itself
@@ -365,7 +406,7 @@ def test_an_owners_own_images_are_of_any_norm() -> None:
     generator, label_N = torch.Generator().manual_seed(23), torch.zeros(40, dtype=torch.long)
     x_ND = records(40, generator)
     released = moments_of(x_ND, label_N, 1, 0.1, largest_trace=1e-3)
-    _, covariances_KDD = pool([released], 0.03, at_home={0: exact(x_ND, label_N, released)})
+    _, covariances_KDD = pool([released], 0.03, at_home={0: partial(exact, x_ND, label_N)})
     torch.testing.assert_close(covariances_KDD[0] / 4, torch.cov(x_ND.T))
 
 
@@ -416,7 +457,7 @@ def test_an_owners_own_images_stand_exact_for_its_noised_ones_at_home() -> None:
     generator, label_N = torch.Generator().manual_seed(21), torch.zeros(60, dtype=torch.long)
     x_ND = records(60, generator)
     released = moments_of(noised(x_ND, 2.0, generator), label_N, 1, 2.0)
-    means_KD, covariances_KDD = pool([released], 0.03, at_home={0: exact(x_ND, label_N, released)})
+    means_KD, covariances_KDD = pool([released], 0.03, at_home={0: partial(exact, x_ND, label_N)})
     torch.testing.assert_close((means_KD[0] + 1) / 2, x_ND.mean(dim=0))
     torch.testing.assert_close(covariances_KDD[0] / 4, torch.cov(x_ND.T))
     assert (pool([released], 0.03)[0] - means_KD).norm() > 0.01  # mutant: the release itself

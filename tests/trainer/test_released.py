@@ -18,6 +18,7 @@ from feddiff_protocol.privunit import best_cap
 from feddiff_protocol.promise import promise_of, schedule_of
 from feddiff_protocol.stages import JobReference, ReleaseReference, ReleaseSpec
 from feddiff_trainer import released, shards
+from feddiff_trainer.fetching import AT_ONCE
 from feddiff_trainer.frequencies import frequency_weighing
 from feddiff_trainer.mechanisms import centres, pack_symmetric
 from feddiff_trainer.pooling import OwnerSummary
@@ -74,7 +75,11 @@ class Released:
         )
         self.sha256 = release(spec, owner_store=owner, federation_store=self.store, normals=normals)
 
-    def read(self, **changes: Any) -> Release:
+    @property
+    def reference(self) -> ReleaseReference:
+        return ReleaseReference(client=CLIENT, manifest_sha256=self.sha256)
+
+    def terms(self, **changes: Any) -> Terms:
         told: dict[str, Any] = {
             "job_uid": UID,
             "image": IMAGE,
@@ -82,8 +87,11 @@ class Released:
             "privacy": self.privacy,
             "diffusion": self.diffusion,
         }
-        reference = changes.pop("reference", ReleaseReference(client=CLIENT, manifest_sha256=self.sha256))
-        (read,) = read_releases(self.store, [reference], Terms(**(told | changes)))
+        return Terms(**(told | changes))
+
+    def read(self, **changes: Any) -> Release:
+        reference = changes.pop("reference", self.reference)
+        (read,) = read_releases(self.store, [reference], self.terms(**changes))
         return read
 
     def replace_manifest(self, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -126,6 +134,22 @@ def clipped(x_ND: Any, norm: float) -> Any:
 
 
 # ---- What comes back -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "summary"])
+def test_releases_are_fetched_as_they_are_used_so_that_no_memory_has_to_hold_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mechanism: str
+) -> None:
+    one, fetched = Released(tmp_path, mechanism, np.random.default_rng(1).standard_normal), []
+    fetch = released._shard_bytes
+    monkeypatch.setattr(released, "_shard_bytes", lambda *what: fetched.append(what) or fetch(*what))
+    releases = read_releases(one.store, [one.reference] * 20, one.terms())
+    assert releases.num_records == 20 * 37 and not fetched
+    num_shards, num_used = 3 if mechanism == "gaussian" else 1, 0
+    for _ in releases:
+        num_used += num_shards
+        assert len(fetched) <= num_used + AT_ONCE
+    assert len(fetched) == 20 * num_shards
 
 
 def test_noised_images_come_back_in_signal_units_with_their_labels(tmp_path: Path) -> None:

@@ -27,11 +27,12 @@ from feddiff_trainer.mechanisms import clip_l2
 from feddiff_trainer.network import CLIPPED, UNCLIPPED, Denoiser, run_blocks_twice
 from feddiff_trainer.records import of_blocks, read_source
 from feddiff_trainer.release import release
+from feddiff_trainer.released import Releases
 from feddiff_trainer.stage import report_progress, run_stage
 from feddiff_trainer.stores import open_store
 from feddiff_trainer.telemetry import telling
 from feddiff_trainer.train_personal import clipped_images, images_of, personal_pool, source_of
-from feddiff_trainer.train_shared import Releases, pool_of, releases_of
+from feddiff_trainer.train_shared import pool_of, releases_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

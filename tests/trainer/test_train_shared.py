@@ -45,7 +45,7 @@ from feddiff_trainer.pooling import largest_trace, pool
 from feddiff_trainer.release import release
 from feddiff_trainer.stores import FolderStore, open_store
 from feddiff_trainer.telemetry import telling
-from feddiff_trainer.train_shared import network_config, owners_of, pool_of, releases_of
+from feddiff_trainer.train_shared import network_config, owners_of, pool_of, pooled_of, releases_of
 from feddiff_trainer.training import BatchLoss, World
 from two_ranks import run_two_ranks
 
@@ -242,7 +242,7 @@ def test_closed_form_is_the_denoiser_of_the_pool(finished: Callable[[str], Finis
 def test_the_pool_of_directions_has_the_means_of_images_of_the_public_norm(tmp_path: Path) -> None:
     spec = prepared(tmp_path, "privunit")
     releases = releases_of(spec, open_store(spec.federation_store), 2)
-    assert largest_trace(owners_of(releases)) == 2.0**2
+    assert {largest_trace(owner) for owner in owners_of(releases)} == {2.0**2}
     found = pool_of(releases, spec)
     x_ND, labels_N = all_records(tmp_path)
     scaled_ND = 2 * x_ND / np.linalg.norm(x_ND, axis=1)[:, None]
@@ -285,7 +285,7 @@ def test_closed_form_shows_each_class_as_it_is(finished: Callable[[str], Finishe
 def test_closed_form_goes_where_the_samples_are_drawn(tmp_path: Path) -> None:
     spec = prepared(tmp_path, "closedForm")
     releases = releases_of(spec, open_store(spec.federation_store), 2)
-    denoiser = train_shared.shared_denoiser(spec, releases, World(0, 1, torch.device("meta")), print)
+    denoiser = train_shared.shared_denoiser(spec, pooled_of(spec, releases), World(0, 1, torch.device("meta")), print)
     assert {buffer.device.type for buffer in denoiser.buffers()} == {"meta"}
 
 
@@ -317,7 +317,7 @@ def source_of(spec: TrainSharedSpec, monkeypatch: pytest.MonkeyPatch) -> tuple[S
     monkeypatch.setattr(train_shared, "loss_of", lambda *arguments: seen.append(arguments))
     releases = releases_of(spec, open_store(spec.federation_store), 2)
     config_sigma_data = train_shared.sigma_data_of(spec)
-    train_shared.shared_loss(spec, releases, config_sigma_data, torch.device("cpu"))
+    train_shared.shared_loss(spec, pooled_of(spec, releases), config_sigma_data, torch.device("cpu"))
     return seen[0]
 
 

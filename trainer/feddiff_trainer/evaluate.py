@@ -136,7 +136,8 @@ def own_release(store: Store, spec: EvaluateSpec) -> Release:
     for reference in spec.releases:
         if reference.client == spec.client:
             terms = Terms(spec.job.uid, spec.image, spec.classes.count, spec.privacy, spec.diffusion)
-            return read_releases(store, [reference], terms)[0]
+            (release,) = read_releases(store, [reference], terms)
+            return release
     raise DataInvalid(f"releases: expected one of client {spec.client}, found none; evaluate only clients that count")
 
 
@@ -375,7 +376,7 @@ def _summary_pictures(
     drawn_ND = mean_D[None]
     if len(mean_D) <= LARGEST_DRAWN:
         covariance_DD = project_keeping_trace(noisy_covariance(release, label), floor=1e-6 * len(mean_D))
-        covariance_DD = unmapped(covariance_DD, release)
+        covariance_DD = unmapped(covariance_DD, release.map_DD)
         values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
         noise_ND = torch.randn(PICTURED - 1, len(mean_D), dtype=torch.float64, generator=generator)
         draws_ND = mean_D + (noise_ND * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
@@ -389,7 +390,7 @@ def noisy_covariance(release: OwnerSummary, label: int) -> torch.Tensor:
     count = float(release.counts_K[label])
     mean_D = release.mean_sums_KD[label] / count
     centre_D = mean_D.clamp(0, 1) if count >= CENTRED_FROM else torch.full_like(mean_D, release.centre)
-    offset_D = mapped((mean_D - centre_D)[None], release)[0]
+    offset_D = mapped((mean_D - centre_D)[None], release.map_DD)[0]
     return unpacked(release.moment_sums_KM[label] / count, len(mean_D)) - torch.outer(offset_D, offset_D)
 
 

@@ -25,7 +25,7 @@ from .noise import Float64, Normals
 from .release import release
 from .released import read_releases
 from .stores import open_store
-from .train_shared import image_shape, shared_denoiser, terms_of
+from .train_shared import image_shape, pooled_of, shared_denoiser, terms_of
 from .training import distributed
 from .trials import LARGEST_RELEASE, MOST_VALUES, Part, canaries, parts_of, without_privacy
 from .verdicts import area_under_curve, one_run_of
@@ -98,9 +98,9 @@ def shared_scores(
         manifest = release(asked, owner_store=stores[0], federation_store=stores[1], normals=normals)
         reference = ReleaseReference(client=asked.client, manifest_sha256=manifest)
         terms = terms_of(trained, trained.num_classes)
-        releases = read_releases(stores[1], [reference], terms)
+        pooled = pooled_of(trained, read_releases(stores[1], [reference], terms))
     with distributed() as world:
-        denoiser = shared_denoiser(trained, releases, world, lambda progress: report(progress.images / TRAINED_IMAGES))
+        denoiser = shared_denoiser(trained, pooled, world, lambda progress: report(progress.images / TRAINED_IMAGES))
         denoiser = denoiser.cpu().eval().requires_grad_(False)
     label_N = torch.arange(len(second_N))
     level = max(promise_of(released.privacy, released.diffusion).split_sigma, LOST)

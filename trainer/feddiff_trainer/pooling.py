@@ -1,15 +1,15 @@
 """From every owner's release to one Gaussian per class: post-processing of what is public already.
 
 An owner for whom a class is rare learns it from owners for whom it is common: every owner counts by the precision of
-what it released. All in float64; releases in [0, 1] units of pixels, the result in [-1, 1] units.
+what it released. Owners come one at a time and only sums are kept, so memory does not grow with their number. All in
+float64; releases in [0, 1] units of pixels, the result in [-1, 1] units.
 
-Shapes: K classes, D values of one image, M = D·(D + 1)/2 packed values of a symmetric matrix, J owners.
+Shapes: K classes, D values of one image, M = D·(D + 1)/2 packed values of a symmetric matrix.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, sqrt
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -63,54 +63,70 @@ Owner = OwnerSummary | OwnerMoments
 
 
 def pool(
-    owners: Sequence[Owner],
+    owners: Iterable[Owner],
     variance_guess: float,
     own_covariance_weight: float = 0.5,
     *,
-    at_home: Mapping[int, Owner] | None = None,
+    at_home: Mapping[int, Callable[[Owner], Owner]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """means_KD and covariances_KDD of every class, [-1, 1] units, positive semi-definite.
 
     variance_guess τ: a public guess of one pixel's variance; own_covariance_weight: how much of a class's covariance is
     its own, in an average entry, where it is known as well as the other classes' from the releases. at_home: by
-    position in `owners`, exact sums that stand for that owner's release (see exact); the result is then as private
-    as its records. Raises DataInvalid for a class without records, or if nobody's release speaks of a covariance.
+    position in `owners`, what makes of that owner's release the exact sums that stand for it (see exact); the result is
+    then as private as its records. Raises DataInvalid for a class without records, or if nobody's release speaks of a
+    covariance.
     """
-    _check_every_class_has_records(owners)
-    classes = range(len(owners[0].counts_K))
-    released_precision = fmean(_pool_class(owners, k, variance_guess)[2] for k in classes)
+    classes: list[PooledClass] = []
+    released_precision, most, map_DD = 0.0, 0.0, None
+    for position, released in enumerate(owners):
+        known = at_home[position](released) if at_home and position in at_home else released
+        classes = classes or [PooledClass(num_values(released)) for _ in released.counts_K]
+        for k, pooled in enumerate(classes):
+            pooled.add(said_of_class(known, k, variance_guess), variance_guess)
+            released_precision += said_of_class(released, k, variance_guess).precision / len(classes)
+        most = max(most, largest_trace(known))
+        map_DD = released.map_DD if isinstance(released, OwnerSummary) else None  # the same at all owners
+    _check_every_class_has_records(classes)
     if released_precision == 0:
         raise DataInvalid("releases: expected two records of one class at one owner at least, found none; add records")
-    known = [(at_home or {}).get(position, owner) for position, owner in enumerate(owners)]
-    pooled = [_pool_class(known, k, variance_guess) for k in classes]
-    means_KD = torch.stack([mean_D for mean_D, _, _ in pooled])
-    own_KDD = torch.stack([covariance_DD for _, covariance_DD, _ in pooled])
-    precision_K = torch.tensor([precision for _, _, precision in pooled], dtype=torch.float64)
-    traces = TRACE_FLOOR * variance_guess * means_KD.shape[1], largest_trace(known)
+    means_KD = torch.stack([pooled.mean().mean_D for pooled in classes])
+    own_KDD = torch.stack([pooled.covariance(map_DD) for pooled in classes])
+    precision_K = torch.tensor([pooled.precision for pooled in classes], dtype=torch.float64)
+    traces = TRACE_FLOOR * variance_guess * means_KD.shape[1], most
     shrunk_KDD = shrink_to_shared(own_KDD, precision_K, own_covariance_weight, released_precision, *traces)
     projected_KDD = torch.stack([project_keeping_trace(c_DD, *traces) for c_DD in shrunk_KDD])
-    covariances_KDD = unmapped(projected_KDD, owners[0])  # until here as mapped, where their noise is white
+    covariances_KDD = unmapped(projected_KDD, map_DD)  # until here as mapped, where their noise is white
     # A mean of pixels lies in [0, 1]; clipping to a convex set that holds the truth only brings it closer.
     return 2 * means_KD.clamp(0, 1) - 1, 4 * covariances_KDD
 
 
-def unmapped(covariances_KDD: Tensor, owner: Owner) -> Tensor:
+def largest_trace(owner: Owner) -> float:
+    """What the variances of a class can add up to; infinite where the owner does not say."""
+    return owner.largest_trace if isinstance(owner, OwnerMoments) else inf
+
+
+def num_values(owner: Owner) -> int:
+    return (owner.means_KD if isinstance(owner, OwnerMoments) else owner.mean_sums_KD).shape[1]
+
+
+def unmapped(covariances_KDD: Tensor, map_DD: Tensor | None) -> Tensor:
     """P⁻¹·Σ·P⁻¹: covariances of images, from those of the mapped ones that the owners released."""
-    if isinstance(owner, OwnerMoments) or owner.map_DD is None:
+    if map_DD is None:
         return covariances_KDD
-    inverse_DD: Tensor = torch.linalg.inv(owner.map_DD)
+    inverse_DD: Tensor = torch.linalg.inv(map_DD)
     images_KDD: Tensor = inverse_DD @ covariances_KDD @ inverse_DD
     return images_KDD
 
 
-def mapped(x_nD: Tensor, owner: OwnerSummary) -> Tensor:
+def mapped(x_nD: Tensor, map_DD: Tensor | None) -> Tensor:
     """P·x of every row."""
-    return x_nD if owner.map_DD is None else x_nD @ owner.map_DD
+    return x_nD if map_DD is None else x_nD @ map_DD
 
 
-def largest_trace(owners: Iterable[Owner]) -> float:
-    """What the variances of a class can add up to at all owners; infinite where one does not say."""
-    return max(owner.largest_trace if isinstance(owner, OwnerMoments) else inf for owner in owners)
+def mapped_twice(matrix_DD: Tensor, map_DD: Tensor | None) -> Tensor:
+    """P·A·P of a symmetric A."""
+    return mapped(mapped(matrix_DD, map_DD).T, map_DD)
 
 
 def exact(x_ND: Tensor, label_N: Tensor, released: Owner) -> Owner:
@@ -158,7 +174,7 @@ def exact_summary(x_ND: Tensor, label_N: Tensor, released: OwnerSummary) -> Owne
     for k in range(len(released.counts_K)):
         x_nD = x_ND[label_N == k].double()
         centre_D = x_nD.mean(dim=0) if len(x_nD) >= CENTRED_FROM else torch.full_like(x_ND[0], released.centre)
-        u_nD = mapped(x_nD - centre_D.double(), released)
+        u_nD = mapped(x_nD - centre_D.double(), released.map_DD)
         mean_sums.append(x_nD.sum(dim=0))
         moment_sums.append(packed(u_nD.T @ u_nD))
     return replace(
@@ -170,65 +186,57 @@ def exact_summary(x_ND: Tensor, label_N: Tensor, released: OwnerSummary) -> Owne
     )
 
 
-def _check_every_class_has_records(owners: Sequence[Owner]) -> None:
-    total_K = torch.stack([owner.counts_K for owner in owners]).sum(dim=0)
-    if missing := (total_K == 0).nonzero().flatten().tolist():
+def _check_every_class_has_records(classes: Sequence["PooledClass"]) -> None:
+    if missing := [k for k, pooled in enumerate(classes) if pooled.count == 0]:
         raise DataInvalid(
             f"classes {missing}: expected records at one owner at least, found none; remove the class or add an owner"
         )
 
 
-def _pool_class(owners: Sequence[Owner], k: int, variance_guess: float) -> tuple[Tensor, Tensor, float]:
-    """Mean, covariance and the covariance's precision of one class, [0, 1] units, neither projected nor shrunk."""
-    said = [said_of_class(owner, k, variance_guess) for owner in owners if owner.counts_K[k] > 0]
-    weights_J = normalised(_precisions(each.mean_noise + variance_guess / each.count for each in said))
-    mean_D = sum((w * each.mean_D for w, each in zip(weights_J, said, strict=True)), torch.tensor(0.0))
-    noise = sum(float(w) ** 2 * each.mean_noise for w, each in zip(weights_J, said, strict=True))
-    sampling = sum(float(w) ** 2 / each.count for w, each in zip(weights_J, said, strict=True))
-    mean = PooledMean(mean_D, noise, sampling)
-    precision_J = _precisions(each.covariance_error for each in said)
-    covariance_DD = torch.zeros(len(mean_D), len(mean_D), dtype=torch.float64)
-    for weight, each in zip(normalised(precision_J), said, strict=True):
-        if weight > 0:
-            covariance_DD += weight * each.covariance(mean)
-    return mean_D, covariance_DD, float(precision_J.sum())
-
-
-def _precisions(variances: Iterable[float]) -> Tensor:
-    return torch.tensor([1 / variance for variance in variances], dtype=torch.float64)
-
-
 @dataclass(frozen=True)
 class Said:
-    """What one owner's release says of one class: its number of records, the mean and the noise's variance in a value
-    of it, the covariance given the pooled mean, and the variance, of noise and sampling, in an entry of that."""
+    """What one owner's release says of one class.
+
+    count: its number of records n; mean_D: their mean, mean_noise: the noise's variance in a value of it.
+    moment_M: their second moment about a centre, packed, of mapped images, over n, or, of noised images, over n - 1.
+    centre_std: the standard deviation of the noise in that centre, which was their mean; None: it was `centre`.
+    lost_share: what the moment's expectation lacks of the covariance; None: as much as the pooled mean takes from it.
+    precision: one over the variance, of noise and sampling, in an entry of the moment.
+    """
 
     count: float
     mean_D: Tensor
     mean_noise: float
-    covariance: Callable[["PooledMean"], Tensor]
-    covariance_error: float
+    moment_M: Tensor
+    centre: float
+    centre_std: float | None
+    lost_share: float | None
+    precision: float
 
 
 def said_of_class(owner: Owner, k: int, variance_guess: float) -> Said:
     """A summary's sums carry noise once, so it goes down with n², noised images carry it n times, so with n.
 
-    An entry's error: s2²/n² + 2τ·C2²/(d·n) of a summary; of noised images (τ + s²)²/(n - 1), as for independent values
-    of variance τ + s², and infinite for one image.
+    An entry's variance: s2²/n² + 2τ·C2²/(d·n) of a summary; of noised images (τ + s²)²/(n - 1), as for independent
+    values of variance τ + s², and infinite for one image. An owner without records says nothing.
     """
     count = float(owner.counts_K[k])
     if isinstance(owner, OwnerMoments):
-        mean_D, values_M, noise = owner.means_KD[k], owner.covariances_KM[k], owner.noise_std**2
-        error = (variance_guess + noise) ** 2 / (count - 1) if count >= 2 else inf
-        return Said(count, mean_D, noise / count, lambda pooled: unpacked(values_M, len(mean_D)), error)
-    mean_D = owner.mean_sums_KD[k] / count
-    sampling = 2 * variance_guess * owner.moment_clip_norm**2 / (len(mean_D) * count)
+        noise = owner.noise_std**2
+        precision = max(count - 1, 0) / (variance_guess + noise) ** 2
+        mean_noise = noise / max(count, 1)
+        return Said(count, owner.means_KD[k], mean_noise, owner.covariances_KM[k], 0.0, 0.0, 0.0, precision)
+    own_centre, n = count >= CENTRED_FROM, max(count, 1)
+    sampling = 2 * variance_guess * owner.moment_clip_norm**2 / (owner.mean_sums_KD.shape[1] * n)
     return Said(
-        count,
-        mean_D,
-        (owner.mean_std / count) ** 2,
-        lambda pooled: owner_covariance(owner, k, pooled),
-        (owner.moment_std / count) ** 2 + sampling,
+        count=count,
+        mean_D=owner.mean_sums_KD[k] / n,
+        mean_noise=(owner.mean_std / n) ** 2,
+        moment_M=owner.moment_sums_KM[k] / n,
+        centre=owner.centre,
+        centre_std=owner.mean_std / n if own_centre else None,
+        lost_share=1 / n if own_centre else None,
+        precision=1 / ((owner.moment_std / n) ** 2 + sampling) if count else 0.0,
     )
 
 
@@ -246,31 +254,76 @@ class PooledMean:
     sampling_share: float
 
 
-def owner_covariance(owner: OwnerSummary, k: int, pooled: PooledMean) -> Tensor:
-    """One owner's estimate of a class's covariance Σ from S2/n, whose centre was not the class's mean. [0, 1] units.
-
-    Both are of images as mapped: PΣP, and every term below between P and P.
+class PooledClass:
+    """What all owners say of one class, each counting by its precision: sums, as large for a thousand as for one.
 
     For n records x with mean x̄, S2/n = (1/n)Σ(x - x̄)(x - x̄)ᵀ + (x̄ - m̃)(x̄ - m̃)ᵀ + noise, up to the clip.
     - m̃ = clip(S1/n, 0, 1): the first term has expectation (1 - 1/n)·Σ, the second that of the noise in m̃, which
       expected_centre_error knows in closed form. What the noise really was is not used: the owner's x̄ - m̃ is
       unknown, and the pooled mean minus m̃ contains m̃ itself, so squaring it would add more error than it removes.
-    - m̃ = c, a constant: E[S2/n] = Σ + (m - c)(m - c)ᵀ for the class's mean m. The pooled mean m* stands for it, with
-      E[(m* - c)(m* - c)ᵀ] = (m - c)(m - c)ᵀ + noise_variance·I + sampling_share·Σ. Subtracting it and adding
-      noise_variance·I leaves (1 - sampling_share)·Σ.
+    - m̃ = c, a constant: E[S2/n] = Σ + (m - c)(m - c)ᵀ for the class's mean m. The pooled mean m* stands for it
+      (constant_centre_error), which leaves (1 - sampling_share)·Σ.
     Either way the last factor is divided out; for one record in all it is 0 and says nothing of Σ: it stops at ½.
     """
-    count = float(owner.counts_K[k])
-    moment_DD = unpacked(owner.moment_sums_KM[k] / count, len(pooled.mean_D))
-    if count >= CENTRED_FROM:
-        error_DD, share = expected_centre_error(pooled.mean_D.clamp(0, 1), owner.mean_std / count), 1 / count
-    else:
-        offset_D = pooled.mean_D - owner.centre
-        error_DD = torch.outer(offset_D, offset_D) - pooled.noise_variance * torch.eye(
-            len(offset_D), dtype=torch.float64
-        )
-        share = pooled.sampling_share
-    return (moment_DD - mapped(mapped(error_DD, owner).T, owner)) / max(1 - share, 0.5)
+
+    def __init__(self, size: int) -> None:
+        self.count, self.precision = 0.0, 0.0
+        self._mean_weight, self._mean_D = 0.0, torch.zeros(size, dtype=torch.float64)
+        self._noise_variance, self._sampling_share = 0.0, 0.0
+        self._about_means_M, self._about_constants_M = torch.zeros(2, size * (size + 1) // 2, dtype=torch.float64)
+        self._mean_centres: list[tuple[float, float]] = []  # weight, standard deviation
+        self._constant_centres: list[tuple[float, float]] = []  # weight, constant
+
+    def add(self, said: Said, variance_guess: float) -> None:
+        """One more owner. Its mean counts by 1/(noise + τ/n)."""
+        if said.count == 0:
+            return
+        weight = 1 / (said.mean_noise + variance_guess / said.count)
+        self.count += said.count
+        self._mean_weight += weight
+        self._mean_D += weight * said.mean_D
+        self._noise_variance += weight**2 * said.mean_noise
+        self._sampling_share += weight**2 / said.count
+        self.precision += said.precision
+        if said.centre_std is None or said.lost_share is None:
+            self._about_constants_M.add_(said.moment_M, alpha=said.precision)
+            self._constant_centres.append((said.precision, said.centre))
+        else:
+            share = said.precision / _left(said.lost_share)
+            self._about_means_M.add_(said.moment_M, alpha=share)
+            self._mean_centres.append((share, said.centre_std))
+
+    def mean(self) -> PooledMean:
+        weight = self._mean_weight
+        return PooledMean(self._mean_D / weight, self._noise_variance / weight**2, self._sampling_share / weight**2)
+
+    def covariance(self, map_DD: Tensor | None) -> Tensor:
+        """Unbiased, of mapped images, neither projected nor shrunk; zeros if no owner says anything of it."""
+        mean = self.mean()
+        size = len(mean.mean_D)
+        mean_errors_DD, constant_errors_DD = torch.zeros(2, size, size, dtype=torch.float64)
+        for weight, std in self._mean_centres:
+            if std > 0:  # not of an owner's own exact sums, nor of noised images
+                mean_errors_DD += weight * expected_centre_error(mean.mean_D.clamp(0, 1), std)
+        for weight, centre in self._constant_centres:
+            constant_errors_DD += weight * constant_centre_error(mean, centre)
+        about_means_DD = unpacked(self._about_means_M, size) - mapped_twice(mean_errors_DD, map_DD)
+        about_constants_DD = unpacked(self._about_constants_M, size) - mapped_twice(constant_errors_DD, map_DD)
+        total_DD: Tensor = about_means_DD + about_constants_DD / _left(mean.sampling_share)
+        return total_DD / self.precision if self.precision else total_DD
+
+
+def _left(lost_share: float) -> float:
+    return max(1 - lost_share, 0.5)
+
+
+def constant_centre_error(pooled: PooledMean, centre: float) -> Tensor:
+    """An unbiased estimate of (m - c)(m - c)ᵀ, less sampling_share·Σ, from the pooled mean m* of the class's mean m:
+    E[(m* - c)(m* - c)ᵀ] = (m - c)(m - c)ᵀ + noise_variance·I + sampling_share·Σ.
+    """
+    offset_D = pooled.mean_D - centre
+    identity_DD = torch.eye(len(offset_D), dtype=torch.float64)
+    return torch.outer(offset_D, offset_D) - pooled.noise_variance * identity_DD
 
 
 def expected_centre_error(mean_D: Tensor, std: float) -> Tensor:
@@ -278,8 +331,6 @@ def expected_centre_error(mean_D: Tensor, std: float) -> Tensor:
 
     Without the clip it would be std²·I; at a pixel that is always black the clip halves it.
     """
-    if std == 0:  # an owner's own exact sums
-        return torch.zeros(len(mean_D), len(mean_D), dtype=mean_D.dtype)
     first_D, second_D = clip_error(mean_D, torch.full_like(mean_D, std))
     return torch.outer(first_D, first_D) - first_D.square().diag() + second_D.diag()
 

@@ -5,12 +5,13 @@ channels, H height, W width, K classes, D = C·H·W, M = D·(D + 1)/2 packed sec
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from feddiff_protocol import layout
@@ -66,19 +67,34 @@ class Terms:
     diffusion: DiffusionSpec
 
 
-def read_releases(
-    store: Store, references: Sequence[ReleaseReference], terms: Terms, world: World = ALONE
-) -> list[Release]:
-    """What clients released under this job, in the order of `references`, on every rank; the store sends every object
-    once, whatever the number of ranks. No shard is fetched before all manifests are what they must be.
+@dataclass(frozen=True)
+class Releases:
+    """What clients released under a job. Iterated, it fetches them one after the other, in order and on every rank;
+    the store sends every object once, whatever the number of ranks. Raises as read_releases does."""
+
+    manifests: Sequence[Manifest]
+    store: Store
+    world: World
+
+    @property
+    def num_records(self) -> int:
+        return sum(sum(manifest.counts) for manifest in self.manifests)
+
+    def __iter__(self) -> Iterator[Release]:
+        wanted = [(manifest, shard) for manifest in self.manifests for shard in manifest.shards]
+        contents = fetched_once([partial(_shard_bytes, self.store, *each) for each in wanted], self.world)
+        for manifest in self.manifests:
+            yield _release(manifest, contents)
+
+
+def read_releases(store: Store, references: Sequence[ReleaseReference], terms: Terms, world: World = ALONE) -> Releases:
+    """What clients released under this job, in the order of `references`. No shard is fetched before all manifests are
+    what they must be.
 
     Raises InputMissing if something is not there, DataInvalid, with the client's name, unless it is the very release
     that counts and everything it says of itself is what the job says.
     """
-    manifests = read_manifests(store, references, terms, world)
-    wanted = [(manifest, shard) for manifest in manifests for shard in manifest.shards]
-    contents = fetched_once([partial(_shard_bytes, store, *each) for each in wanted], world)
-    return [_release(manifest, contents) for manifest in manifests]
+    return Releases(read_manifests(store, references, terms, world), store, world)
 
 
 def read_manifests(
@@ -93,10 +109,10 @@ def read_manifests(
 def _release(manifest: Manifest, contents: Iterator[bytes]) -> Release:
     """The release of one manifest, its shards being the next of `contents`."""
     promise = promise_of(manifest.privacy, manifest.diffusion)
-    shards = [
+    shards = (
         decode(shard_layout, next(contents), f"{_who(manifest.client)}: {shard.name}")
         for shard_layout, shard in zip(_layouts(manifest), manifest.shards, strict=True)
-    ]
+    )
     if promise.mechanism is Mechanism.SUMMARY:
         return _summary(manifest, promise, shards)
     if promise.mechanism is Mechanism.PRIVUNIT:
@@ -200,25 +216,36 @@ def _read(store: Store, key: str, most_bytes: int, client: str) -> tuple[bytes, 
 # ---- What they hold ------------------------------------------------------------------------------------------
 
 
-def _gaussian(manifest: Manifest, promise: Promise, shards: Sequence[dict[str, Integers]]) -> GaussianRelease:
-    labels_N = _labels(manifest, shards)
-    alpha = np.float32(schedule_of(manifest.diffusion).alpha(promise.split_step))
-    images_NCHW = np.concatenate([_values(shard["images"], manifest.grid_steps.images) for shard in shards])
-    images_NCHW /= alpha
+def _gaussian(manifest: Manifest, promise: Promise, shards: Iterable[dict[str, Integers]]) -> GaussianRelease:
+    images_NCHW, labels_N = _images(manifest, shards, "images", manifest.grid_steps.images)
+    images_NCHW /= np.float32(schedule_of(manifest.diffusion).alpha(promise.split_step))
     return GaussianRelease(torch.from_numpy(images_NCHW), labels_N, promise.split_step, promise.split_sigma)
 
 
-def _privunit(manifest: Manifest, shards: Sequence[dict[str, Integers]]) -> PrivunitRelease:
-    labels_N, cap = _labels(manifest, shards), cap_of(manifest.privacy, manifest.image)
-    norm = float(manifest.privacy.clip_norm)
-    images_NCHW = np.concatenate([_values(shard["directions"], manifest.grid_steps.directions) for shard in shards])
+def _privunit(manifest: Manifest, shards: Iterable[dict[str, Integers]]) -> PrivunitRelease:
+    images_NCHW, labels_N = _images(manifest, shards, "directions", manifest.grid_steps.directions)
+    cap, norm = cap_of(manifest.privacy, manifest.image), float(manifest.privacy.clip_norm)
     images_NCHW *= np.float32(norm / cap.mean)
     return PrivunitRelease(torch.from_numpy(images_NCHW), labels_N, len(manifest.counts), cap.noise_std(norm), norm)
 
 
-def _labels(manifest: Manifest, shards: Sequence[dict[str, Integers]]) -> Tensor:
+def _images(
+    manifest: Manifest, shards: Iterable[dict[str, Integers]], name: str, exponent: int | None
+) -> tuple[NDArray[np.float32], Tensor]:
+    """images_NCHW and labels_N of all shards, which come one after the other."""
+    image = released_image(manifest.privacy, manifest.image)
+    shape = (sum(manifest.counts), image.channels, image.height, image.width)
+    images_NCHW, labels, start = np.empty(shape, np.float32), [], 0
+    for shard in shards:
+        end = start + len(shard["labels"])
+        images_NCHW[start:end] = _values(shard[name], exponent)
+        labels.append(shard["labels"])
+        start = end
+    return images_NCHW, _labels(manifest, np.concatenate(labels).astype(np.int64))
+
+
+def _labels(manifest: Manifest, labels_N: NDArray[np.int64]) -> Tensor:
     who = _who(manifest.client)
-    labels_N = np.concatenate([shard["labels"] for shard in shards]).astype(np.int64)
     if labels_N.min(initial=0) < 0 or labels_N.max(initial=0) >= len(manifest.counts):
         raise DataInvalid(f"{who}: expected labels in 0..{len(manifest.counts) - 1}, found others; do not use it")
     found = tuple(np.bincount(labels_N, minlength=len(manifest.counts)).tolist())
@@ -226,7 +253,7 @@ def _labels(manifest: Manifest, shards: Sequence[dict[str, Integers]]) -> Tensor
     return torch.from_numpy(labels_N)
 
 
-def _summary(manifest: Manifest, promise: Promise, shards: Sequence[dict[str, Integers]]) -> OwnerSummary:
+def _summary(manifest: Manifest, promise: Promise, shards: Iterable[dict[str, Integers]]) -> OwnerSummary:
     (sums,) = shards
     privacy, steps = manifest.privacy, manifest.grid_steps
     assert promise.mean_std is not None and promise.moment_std is not None and privacy.moment_clip_norm is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from feddiff_protocol import layout
 from feddiff_protocol.api import ComputeSpec, ImageSpec, Mechanism, PrivacySpec, Timeline
-from feddiff_protocol.promise import promise_of, schedule_of
+from feddiff_protocol.promise import schedule_of
 from feddiff_protocol.stages import OwnerStageSpec, TrainPersonalSpec
 
 from .batches import Source, all_clipped, clip_mixed, filling_draws, loss_of, mixed, records
@@ -18,20 +18,21 @@ from .checkpoints import Checkpoints
 from .denoisers import denoiser_bytes
 from .denoising import ClassGaussian
 from .network import Denoiser
-from .pooling import exact, pool
+from .pooling import Owner, exact
 from .records import Records, of_blocks, read_source
+from .released import Releases
 from .stage import report_progress, run_stage
 from .stores import open_store
 from .train_shared import (
     EMA_WIDTH,
     SIGMA_DATA,
-    Releases,
-    from_releases,
     image_shape,
     in_bfloat16,
     network_config,
     new_denoiser,
-    owners_of,
+    noised_source,
+    pool_of,
+    pooled_images,
     releases_of,
 )
 from .training import Progress, distributed, train
@@ -88,23 +89,20 @@ def source_of(
         counts_K = torch.bincount(label_N, minlength=spec.classes.count).to(device)
         released = filling_draws(pool, image_shape(spec.image), (lowest, sigmas[-1]), counts_K)
     else:
-        split = promise_of(spec.privacy, spec.diffusion).split_sigma  # below it a noised image says nothing
-        released = from_releases(spec, releases, split, device)
+        released = noised_source(spec, pooled_images(releases), device)
         released = all_clipped(released) if spec.personal.clip_mix else released
     return mixed(source, released, float(spec.personal.release_share))
 
 
 def personal_pool(spec: TrainPersonalSpec, own: Records, releases: Releases) -> ClassGaussian:
     """The pool with the owner's own sums exact in place of its release: as private as its records, it stays here."""
-    owners = owners_of(releases)
-    side = spec.privacy.block_side_or_one
-    at_home = {
-        position: exact(torch.from_numpy(of_blocks(own, side)[:]), torch.from_numpy(own.labels_N), owners[position])
-        for position, reference in enumerate(spec.releases)
-        if reference.client == spec.client
-    }
-    variance_guess, own_weight = spec.privacy.variance_guess_or_default, spec.shared.own_covariance_weight
-    return ClassGaussian(*pool(owners, float(variance_guess), float(own_weight), at_home=at_home), side)
+    blocks_ND = of_blocks(own, spec.privacy.block_side_or_one)
+
+    def exactly(released: Owner) -> Owner:
+        return exact(torch.from_numpy(blocks_ND[:]), torch.from_numpy(own.labels_N), released)
+
+    positions = [number for number, reference in enumerate(spec.releases) if reference.client == spec.client]
+    return pool_of(releases, spec, at_home=dict.fromkeys(positions, exactly))
 
 
 def images_of(own: Records, image: ImageSpec) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -25,13 +25,24 @@ from .drawing import draw_shared, drawing_of, labels_of, pack, to_pixels
 from .fetching import ALONE
 from .network import Denoiser, NetworkConfig
 from .pooling import Owner, OwnerSummary, moments_of, pool
-from .released import GaussianRelease, PrivunitRelease, Release, Terms, read_releases
+from .released import GaussianRelease, PrivunitRelease, Release, Releases, Terms, read_releases
 from .stage import report_progress, run_stage
 from .stores import Store, open_store
 from .telemetry import tell, time_told
 from .training import BatchLoss, Progress, World, distributed, train
 
-Releases = list[Release]
+
+@dataclass(frozen=True)
+class NoisedImages:
+    """The noised images of all owners: D̃/α, or, on the restarted timeline, D̃ itself. images_NCHW: float32, [-1, 1]
+    units; labels_N: int64."""
+
+    images_NCHW: Tensor
+    labels_N: Tensor
+
+
+Pooled = ClassGaussian | NoisedImages
+"""What all releases say together."""
 
 EMA_WIDTH = 0.1  # of the run: the average reaches over about the last fifth of the training
 SIGMA_DATA = 0.5  # of clean images in [-1, 1]
@@ -42,11 +53,11 @@ def body(spec: TrainSharedSpec) -> dict[str, str]:
     store = open_store(spec.federation_store, "federation")
     with distributed() as world:
         with time_told(DATA_WAIT):
-            releases = releases_of(spec, store, spec.num_classes, world)
+            pooled = pooled_of(spec, releases_of(spec, store, spec.num_classes, world))
         tell_gpu_memory(world.device)
         checkpoints = Checkpoints(store, layout.shared_checkpoints(spec.job.uid))
         show = partial(show_progress_and_loss, batch=spec.shared.batch)
-        denoiser = shared_denoiser(spec, releases, world, show, checkpoints)
+        denoiser = shared_denoiser(spec, pooled, world, show, checkpoints)
         if world.rank != 0:
             return {}
         weights = denoiser_bytes(denoiser)
@@ -57,19 +68,20 @@ def body(spec: TrainSharedSpec) -> dict[str, str]:
 
 def shared_denoiser(
     spec: TrainSharedSpec,
-    releases: Releases,
+    pooled: Pooled,
     world: World,
     on_progress: Callable[[Progress], None],
     checkpoints: Checkpoints | None = None,
 ) -> nn.Module:
     """The shared denoiser: trained, or the pooled Gaussian's own where the job asks for the closed form."""
     if spec.shared.denoiser == "closedForm":
-        return pool_of(releases, spec).to(world.device)
+        assert isinstance(pooled, ClassGaussian), "noised images are nobody's Gaussian"
+        return pooled.to(world.device)
     torch.manual_seed(spec.seed_or_zero)  # initial weights, equal on all ranks; nothing private depends on them
     config = network_config(spec.network, spec.image, spec.num_classes, sigma_data_of(spec))
     return train(
         new_denoiser(config, spec.compute),
-        shared_loss(spec, releases, config.sigma_data, world.device),
+        shared_loss(spec, pooled, config.sigma_data, world.device),
         world=world,
         num_images=spec.shared.images,
         batch=spec.shared.batch,
@@ -98,35 +110,30 @@ def in_bfloat16(compute: ComputeSpec) -> bool | None:
     return None if compute.precision == "auto" else compute.precision == "bfloat16"
 
 
-def shared_loss(spec: TrainSharedSpec, releases: Releases, sigma_data: float, device: torch.device) -> BatchLoss:
+def shared_loss(spec: TrainSharedSpec, pooled: Pooled, sigma_data: float, device: torch.device) -> BatchLoss:
     """On what was pooled ordinary diffusion above the split on draws; on noised images one of the two timelines."""
-    if spec.diffusion.timeline is Timeline.RESTARTED:
-        schedule, step = schedule_of(spec.diffusion), promise_of(spec.privacy, spec.diffusion).split_step
-        y_NCHW, label_N = pooled_images(releases)
-        x_NCHW = schedule.alpha(step) * y_NCHW  # the released images themselves play the clean ones
-        source = records(x_NCHW.to(device), label_N.to(device), (schedule.sigmas[0], schedule.sigmas[-1]))
+    schedule, promise = schedule_of(spec.diffusion), promise_of(spec.privacy, spec.diffusion)
+    if isinstance(pooled, ClassGaussian):
+        sigmas = promise.split_sigma, schedule.sigmas[-1]
+        source = pool_draws(pooled.to(device), image_shape(spec.image), sigmas)
+    elif spec.diffusion.timeline is Timeline.RESTARTED:
+        sigmas = schedule.sigmas[0], schedule.sigmas[-1]  # the released images themselves play the clean ones
+        source = records(pooled.images_NCHW.to(device), pooled.labels_N.to(device), sigmas)
     else:
-        source = from_releases(spec, releases, promise_of(spec.privacy, spec.diffusion).split_sigma, device)
+        source = noised_source(spec, pooled, device)
     return loss_of(source, sigma_data)
 
 
-def from_releases(
-    spec: TrainSharedSpec | OwnerStageSpec, releases: Releases, lowest_sigma: float, device: torch.device
-) -> Source:
-    """Training data from what everybody released, at noise levels from `lowest_sigma` up; noised images have none
-    to offer below the split."""
-    split = promise_of(spec.privacy, spec.diffusion).split_sigma
-    highest = schedule_of(spec.diffusion).sigmas[-1]
-    if spec.privacy.mechanism is not Mechanism.GAUSSIAN:
-        return pool_draws(pool_of(releases, spec).to(device), image_shape(spec.image), (lowest_sigma, highest))
-    y_NCHW, label_N = pooled_images(releases)
-    return noised_images(y_NCHW.to(device), label_N.to(device), split, highest)
+def noised_source(spec: TrainSharedSpec | OwnerStageSpec, pooled: NoisedImages, device: torch.device) -> Source:
+    """Training data from noised images: above the split, below which they say nothing."""
+    sigmas = promise_of(spec.privacy, spec.diffusion).split_sigma, schedule_of(spec.diffusion).sigmas[-1]
+    return noised_images(pooled.images_NCHW.to(device), pooled.labels_N.to(device), *sigmas)
 
 
 def releases_of(
     spec: TrainSharedSpec | OwnerStageSpec, store: Store, num_classes: int, world: World = ALONE
 ) -> Releases:
-    """Every release that counts, verified, in the order of the job's clients, on every rank."""
+    """Every release that counts, in the order of the job's clients, on every rank."""
     return read_releases(store, spec.releases, terms_of(spec, num_classes), world)
 
 
@@ -135,31 +142,46 @@ def terms_of(spec: TrainSharedSpec | OwnerStageSpec, num_classes: int) -> Terms:
     return Terms(spec.job.uid, spec.image, num_classes, spec.privacy, spec.diffusion)
 
 
-def pool_of(releases: Releases, spec: TrainSharedSpec | OwnerStageSpec) -> ClassGaussian:
-    """The pooled Gaussian of all owners' releases: post-processing, everybody computes the same."""
-    variance_guess = float(spec.privacy.variance_guess_or_default)
-    means_KD, covariances_KDD = pool(owners_of(releases), variance_guess, float(spec.shared.own_covariance_weight))
-    return ClassGaussian(means_KD, covariances_KDD, spec.privacy.block_side_or_one)
+def pooled_of(spec: TrainSharedSpec, releases: Releases) -> Pooled:
+    if spec.privacy.mechanism is not Mechanism.GAUSSIAN:
+        return pool_of(releases, spec)
+    restarted, step = spec.diffusion.timeline is Timeline.RESTARTED, promise_of(spec.privacy, spec.diffusion).split_step
+    return pooled_images(releases, scale=schedule_of(spec.diffusion).alpha(step) if restarted else 1.0)
 
 
-def owners_of(releases: Releases) -> list[Owner]:
+def pool_of(
+    releases: Releases,
+    spec: TrainSharedSpec | OwnerStageSpec,
+    at_home: Mapping[int, Callable[[Owner], Owner]] | None = None,
+) -> ClassGaussian:
+    """The pooled Gaussian of all owners' releases: post-processing, everybody computes the same. at_home: see pool."""
+    variance_guess, own_weight = spec.privacy.variance_guess_or_default, spec.shared.own_covariance_weight
+    gaussians = pool(owners_of(releases), float(variance_guess), float(own_weight), at_home=at_home)
+    return ClassGaussian(*gaussians, spec.privacy.block_side_or_one)
+
+
+def owners_of(releases: Iterable[Release]) -> Iterator[Owner]:
     """What can be pooled of every release, in their order: summaries as they are, of privunit the classes' moments."""
-    owners: list[Owner] = []
     for release in releases:
         if isinstance(release, OwnerSummary):
-            owners.append(release)
+            yield release
         elif isinstance(release, PrivunitRelease):
             images_ND, largest_trace = release.images_NCHW.flatten(1), release.norm**2
-            owners.append(
-                moments_of(images_ND, release.labels_N, release.num_classes, release.noise_std, largest_trace)
-            )
-    return owners
+            yield moments_of(images_ND, release.labels_N, release.num_classes, release.noise_std, largest_trace)
 
 
-def pooled_images(releases: Releases) -> tuple[Tensor, Tensor]:
-    """y_NCHW and label_N of all owners together, D̃ divided by α."""
-    noised = [release for release in releases if isinstance(release, GaussianRelease)]
-    return torch.cat([release.images_NCHW for release in noised]), torch.cat([release.labels_N for release in noised])
+def pooled_images(releases: Releases, scale: float = 1.0) -> NoisedImages:
+    """scale·D̃/α in the order of the owners; beside all images there are those of one owner at a time."""
+    images_NCHW, labels_N, start = torch.empty(0), torch.empty(releases.num_records, dtype=torch.int64), 0
+    for release in releases:
+        assert isinstance(release, GaussianRelease), "one job, one mechanism"
+        if start == 0:
+            images_NCHW = torch.empty(releases.num_records, *release.images_NCHW.shape[1:])
+        end = start + len(release.images_NCHW)
+        torch.mul(release.images_NCHW, scale, out=images_NCHW[start:end])
+        labels_N[start:end] = release.labels_N
+        start = end
+    return NoisedImages(images_NCHW, labels_N)
 
 
 def sigma_data_of(spec: TrainSharedSpec | OwnerStageSpec) -> float:

@@ -24,7 +24,7 @@ from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import Receipt, SampleSpec, Stage, TrainSharedSpec
 
 from .documents import LocalDataset
-from .processes import RECEIPT_VARIABLE
+from .processes import RECEIPT_VARIABLE, json_object
 from .run_folder import RunFolder
 
 CHECK_MODULE, AUDIT_MODULE, EXPORT_MODULE = "feddiff_trainer.check", "feddiff_trainer.audit", "feddiff_trainer.export"
@@ -179,8 +179,7 @@ def run_module(module: str, spec: Path, told: Told = lambda done, total: None) -
 def _without_progress(stderr: Iterable[str], told: Told) -> Iterator[str]:
     """The lines that are no events; those of progress are told at once."""
     for line in stderr:
-        if line.startswith("{"):
-            event = json.loads(line)
+        if event := json_object(line.encode()):
             if event.get("event") == "progress":
                 told(event["done"], event["total"])
         elif line.strip():

@@ -114,7 +114,7 @@ class Attempt(ABC):
         whole = text[: text.rfind(b"\n") + 1]
         self._read_to += len(whole)
         for line in whole.splitlines():
-            event = _json_object(line)
+            event = json_object(line)
             if event.get("event") == "progress" and {"done", "total"} <= event.keys():
                 yield event
 
@@ -122,7 +122,7 @@ class Attempt(ABC):
         """The last words on stderr that are no event."""
         log = self.folder / "stderr.log"
         text = log.read_bytes()[-20_000:].decode(errors="replace") if log.exists() else ""
-        lines = [line.strip() for line in text.splitlines() if line.strip() and not _json_object(line.encode())]
+        lines = [line.strip() for line in text.splitlines() if line.strip() and not json_object(line.encode())]
         said = [line.removeprefix("feddiff: ") for line in lines if line.startswith("feddiff: ")] or lines
         return said[-1][:MESSAGE_LENGTH] if said else ""
 
@@ -275,7 +275,8 @@ DIES_WITH_ITS_PARENT = (
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
+def json_object(line: bytes) -> dict[str, Any]:
+    """A line that is an event; empty for any other."""
     if not line.lstrip().startswith(b"{"):
         return {}
     try:

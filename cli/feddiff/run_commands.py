@@ -88,6 +88,8 @@ def split(
         return
     sizes = [sum(of_client) for of_client in answer["records"].values()]
     print(f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} records, {answer['holdout']} held out for all")
+    if answer["undealt"]:
+        print(f"{answer['undealt']} records with nobody: their classes are no client's majority")
     for name in (OWNERS, JOB, PAGE):
         print(f"wrote {out / name}")
     say_next(f"feddiff plan {quoted(out / OWNERS)} {quoted(out / JOB)}")

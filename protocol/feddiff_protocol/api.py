@@ -283,6 +283,7 @@ class ClassesSpec(Wire):
     ] = Field(description="records of each class at path, in the order of the labels; at least 2 in all")
     names: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=63)], ...], Field(max_length=1000)] = Field(
         (),
+        json_schema_extra={"x-kubernetes-list-type": "set"},
         description="names of the classes, in the order of the labels; with format folder the folders' names,"
         " which are taken in sorted order unless given",
     )
@@ -295,6 +296,8 @@ class ClassesSpec(Wire):
             )
         if self.names and len(self.names) != self.count:
             raise ValueError(f"names: expected one for each of {self.count} classes, found {len(self.names)}")
+        if twice := next((name for name in self.names if self.names.count(name) > 1), None):
+            raise ValueError(f"names: expected a name of its own for each class, found {twice!r} twice")
         if sum(self.records) < 2:
             raise ValueError(f"records: expected at least 2 records in all, found {sum(self.records)}")
         return self

@@ -45,6 +45,16 @@ def test_128_clients_with_five_common_classes_give_a_plan(feddiff: Any, tmp_path
     assert len(json.loads(said)["clients"]) == 128
 
 
+def test_records_that_nobody_gets_are_counted(feddiff: Any, tmp_path: Path) -> None:
+    asked = ("--clients", 2, "--majority", 2, "--minority-records", 3, "--holdout", "0.1")
+    _, said, _ = feddiff("split", data(tmp_path, 30), *asked, "--out", tmp_path / "a")
+    assert "126 records with nobody: their classes are no client's majority" in said
+    _, said, _ = feddiff("split", data(tmp_path, 30), *asked, "--out", tmp_path / "b", "--json")
+    answer = json.loads(said)
+    held = sum(sum(counts) for counts in answer["records"].values())
+    assert (answer["undealt"], held + answer["holdout"] + answer["undealt"]) == (6 * (27 - 2 * 3), 300)
+
+
 def test_the_datasets_declare_what_their_files_hold(feddiff: Any, tmp_path: Path) -> None:
     out = tmp_path / "study"
     _, said, _ = feddiff("split", data(tmp_path, 30), "--clients", 3, "--holdout", "0", "--out", out, "--json")

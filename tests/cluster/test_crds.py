@@ -268,6 +268,7 @@ REFUSED = [
     (DATASET, "spec.source.inceptionPath", "a", "inceptionPath goes with holdoutPath"),
     (DATASET, "spec.source.inceptionSha256", "0" * 64, "inceptionSha256 goes with inceptionPath"),
     (DATASET, "spec.classes.names", ["healthy"], "names needs one name for each class"),
+    (DATASET, "spec.classes.names", ["healthy", "healthy"], "Duplicate value"),
     (DATASET, "spec.classes.records", [1, 0], "records needs at least 2 records in all"),
     (DATASET, "spec.source.path", "", "at least 1 chars"),
     (DATASET, "spec.image.channels", 5, "less than or equal to 4"),

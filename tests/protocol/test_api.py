@@ -65,6 +65,12 @@ def test_valid_documents_keep_every_number() -> None:
         (JOB, "metadata.name", "Digits!", "metadata.name"),
         (DATASET, "spec.classes.records", [30], "records: expected one number for each of 2 classes, found 1"),
         (DATASET, "spec.classes.names", ["x"], "names: expected one for each of 2 classes"),
+        (
+            DATASET,
+            "spec.classes.names",
+            ["x", "x"],
+            "names: expected a name of its own for each class, found 'x' twice",
+        ),
         (DATASET, "spec.budget.pureEpsilon", "21", "pureEpsilon: expected at most epsilon = 20, found 21"),
         (DATASET, "spec.source.labelsPath", "labels", "labelsPath: belongs to format idx or folder, found format npz"),
         (DATASET, "spec.source.holdoutLabelsPath", "labels", "labelsPath: belongs to format idx or folder"),

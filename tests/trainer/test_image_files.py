@@ -1,9 +1,11 @@
 """A folder of images: which files are records, of which class, and one message with its name for every odd file."""
 
 import io
+import itertools
 import os
 import random
 import struct
+import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -73,13 +75,13 @@ def turned(kind: str, orientation: int = 6) -> bytes:
     return encoded(picture(), kind, exif=exif)
 
 
-def png(width: int, height: int, bits: int, colours: int, rows: bytes) -> bytes:
+def png(width: int, height: int, bits: int, colours: int, rows: bytes, interlaced: bool = False) -> bytes:
     """A PNG file written by hand: of kinds that Pillow can read but not write, or that lie about their size."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, interlaced)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
 
 
@@ -187,6 +189,42 @@ def test_other_files_among_the_images_are_refused_and_hidden_ones_are_not_record
         read(tmp_path, table)
 
 
+def test_what_lies_beside_the_folders_of_classes_is_refused(tmp_path: Path) -> None:
+    (write_folder(tmp_path) / "loose.png").write_bytes(encoded(GREY[0]))
+    with pytest.raises(DataInvalid, match=r"loose\.png: expected nothing but folders here, one per class"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["two\nlines.png", "\x1b[2Jcleared.png", "para\u2029graph.png"], ids=ascii)
+def test_a_name_that_would_break_a_message_is_refused(tmp_path: Path, name: str) -> None:
+    (write_folder(tmp_path) / "class-1" / name).write_bytes(b"")
+    with pytest.raises(DataInvalid) as caught:
+        read(tmp_path)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{tmp_path}/class-1: expected names without control characters, found {ascii(name)[:15]}")
+    with pytest.raises(DataInvalid, match="line 8: expected names without control characters"):
+        read(tmp_path / "b", write_table(tmp_path / "b", ("5.png,2", '"5\n.png",2')))
+
+
+@pytest.mark.parametrize("place", ["labels.csv", "class-1/odd.png"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, place: str) -> None:
+    os.mkfifo(write_folder(tmp_path) / place)
+    with pytest.raises(DataInvalid, match=r"a pipe or a device|expected only PNG and JPEG files here"):
+        read(tmp_path, tmp_path / "labels.csv" if place == "labels.csv" else None)
+
+
+def test_folders_may_be_as_deep_as_the_system_lets_them(tmp_path: Path) -> None:
+    table, folder = write_table(tmp_path), "d/" * 1200
+    deepest = tmp_path
+    for _ in range(1200):
+        deepest = deepest / "d"
+        os.mkdir(deepest)
+    (deepest / "7.png").write_bytes(encoded(GREY[0]))
+    table.write_text(table.read_text() + f"\n{folder}7.png,2\n")
+    assert len(read(tmp_path, table)) == 7
+    subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # pytest's own way goes down by recursion
+
+
 def test_folders_and_classes_must_match(tmp_path: Path) -> None:
     write_folder(tmp_path)
     with pytest.raises(DataInvalid, match="expected folders a, b, c, found class-0, class-1, class-2"):
@@ -240,6 +278,7 @@ ODD_FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a decompression bomb": (lambda: png(50_000, 50_000, 8, 0, b""), "decompression bomb"),
     "large beyond the shape": (lambda: png(5000, 5000, 8, 0, b""), "found mode L, 5000 wide and 5000 high"),
+    "a row missing": (lambda: png(WIDTH, HEIGHT, 8, 0, bytes((HEIGHT - 1) * (1 + WIDTH))), "rows .* are missing"),
     "large beyond its header": (lambda: png(WIDTH, HEIGHT, 8, 0, bytes(2_000_000))[:-9], "expected an intact PNG"),
 }
 ODD_JPEGS: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -288,6 +327,38 @@ def test_an_odd_file_among_colour_images_is_named_and_refused(tmp_path: Path, ca
     (root / "class-1" / ODD).write_bytes(make())
     with pytest.raises(DataInvalid, match=rf"class-1/odd\.png: .*{message}"):
         read(root, channels=3)
+
+
+def test_a_jpeg_that_ends_too_early_is_refused_although_somebody_closed_it() -> None:
+    """Pillow fills what is missing with grey. A whole one is never taken for cut, progressive or not."""
+    generator, num_cut, num_refused = np.random.default_rng(0), 0, 0
+    for quality, progressive, channels in itertools.product((5, 50, 95), (False, True), (1, 3)):
+        pixels = generator.integers(0, 256, (24, 20, channels), dtype=np.uint8).squeeze()
+        whole, shape_CHW = encoded(pixels, "JPEG", quality=quality, progressive=progressive), (channels, 24, 20)
+        kept = decode(whole, "a.jpg", shape_CHW)
+        start = whole.rfind(image_files.START_OF_SCAN) + 12
+        for end in np.linspace(start, len(whole) - 4, 8).astype(int):
+            closed = whole[:end] + image_files.END_OF_JPEG
+            try:
+                changed = not np.array_equal(decode(closed, "a.jpg", shape_CHW), kept)
+            except DataInvalid:
+                changed, num_refused = True, num_refused + 1
+            num_cut += changed
+    assert num_refused > 0.85 * num_cut > 60
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 9), (8, 8), (17, 5)])
+def test_an_interlaced_png_has_all_its_rows(size: tuple[int, int]) -> None:
+    """By hand: a grey image of one value, whose passes are lines of that value."""
+    width, height = size
+    rows = b""
+    for x, y, dx, dy in image_files.ADAM7:
+        columns, lines = len(range(x, width, dx)), len(range(y, height, dy))
+        rows += lines * (b"\0" + columns * b"\x07") if columns else b""
+    content = png(width, height, 8, 0, rows, interlaced=True)
+    assert (decode(content, "a.png", (1, height, width)) == 7).all()
+    with pytest.raises(DataInvalid, match="intact PNG"):
+        decode(png(width, height, 8, 0, rows[:-1], interlaced=True), "a.png", (1, height, width))
 
 
 def test_orientation_1_is_upright(tmp_path: Path) -> None:

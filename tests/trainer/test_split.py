@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,18 @@ def test_a_folder_names_its_classes(tmp_path: Path, with_table: bool) -> None:
     assert answer["classes"] == {"count": 2, "names": ["healthy", "ill"]}
     assert answer["image"] == {"channels": 3, "height": 8, "width": 6}
     assert answer["records"] == {"client-0": [4, 4], "client-1": [4, 4]} and answer["holdout"] == 4
+
+
+@pytest.mark.parametrize("name", [64 * "a", os.fsdecode(b"\xff"), "\x7f"], ids=["long", "no text", "control"])
+def test_a_class_whose_name_no_dataset_could_have_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    for folder in ("ill", name):
+        (tmp_path / "all" / folder).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "all" / folder / "0.png")
+    with pytest.raises(DataInvalid, match=r"classes called by 1 to 63 characters|without control characters"):
+        split(spec(2, source={"format": "folder", "path": str(tmp_path / "all")}, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 8, 8), (1, 1, 8, 8)], ids=str)

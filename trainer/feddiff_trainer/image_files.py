@@ -10,6 +10,7 @@ import csv
 import io
 import os
 import struct
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,9 @@ BAD_BYTES = (  # what Pillow raises for them
     OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, zlib.error, Image.DecompressionBombError
 )  # fmt: skip
 PNG = b"\x89PNG\r\n\x1a\n"
+# x, y, Δx and Δy of the passes of an interlaced PNG.
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+JUNK = b"\xaa" * 512
 START_OF_SCAN, END_OF_JPEG = b"\xff\xda", b"\xff\xd9"  # markers, which cannot stand in a scan's own bytes
 LABELS_HEADER = ["file", "label"]
 
@@ -83,7 +87,7 @@ def files_by_table(
     Raises DataInvalid unless every image has one row and every row an image.
     """
     labels = _labels_by_file(table, num_classes, class_names)
-    files = sorted(_files_below(root, "", table))
+    files = sorted(_files_below(root, table))
     for file in files:
         if file not in labels:
             raise DataInvalid(f"{root}/{file}: expected a row of this file in {table}, found none; add it")
@@ -95,8 +99,15 @@ def files_by_table(
 
 
 def folder_names(root: Path) -> list[str]:
-    """The folders below `root`, sorted."""
-    return [entry.name for entry in _entries(root) if entry.is_dir()]
+    """The folders below `root`, sorted. Raises DataInvalid for anything else there: nobody would miss it."""
+    entries = _entries(root)
+    for entry in entries:
+        if not entry.is_dir():
+            raise DataInvalid(
+                f"{entry.path}: expected nothing but folders here, one per class, found this; move it elsewhere, or"
+                " name it where it is the table of labels"
+            )
+    return [entry.name for entry in entries]
 
 
 def label_names(table: Path) -> list[str]:
@@ -131,7 +142,7 @@ def _rows_of(table: Path) -> Iterator[tuple[str, str, str]]:
                 if len(row) != 2:
                     raise DataInvalid(f"{where}: expected a file and a label, found {len(row)} values; correct it")
                 file, label = row
-                yield where, file, label
+                yield where, _on_one_line(where, file), label
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataInvalid(f"{table}: expected a CSV file in UTF-8, found: {error}; export it again") from None
 
@@ -140,13 +151,16 @@ def _image_files(root: Path, folder: str) -> list[str]:
     return [f"{folder}/{entry.name}" for entry in _entries(root / folder) if _is_image(entry)]
 
 
-def _files_below(root: Path, folder: str, table: Path) -> Iterator[str]:
-    for entry in _entries(root / folder):
-        path = f"{folder}{entry.name}"
-        if entry.is_dir():
-            yield from _files_below(root, f"{path}/", table)
-        elif root / path != table and _is_image(entry):
-            yield path
+def _files_below(root: Path, table: Path) -> Iterator[str]:
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        for entry in _entries(root / folder):
+            path = f"{folder}{entry.name}"
+            if entry.is_dir():
+                folders.append(f"{path}/")
+            elif root / path != table and _is_image(entry):
+                yield path
 
 
 def _is_image(entry: "os.DirEntry[str]") -> bool:
@@ -164,11 +178,19 @@ def _entries(folder: Path) -> "list[os.DirEntry[str]]":
     with readable(folder), os.scandir(folder) as found:
         entries = sorted((each for each in found if not each.name.startswith(".")), key=lambda each: each.name)
     for entry in entries:
+        _on_one_line(str(folder), entry.name)
         if entry.is_symlink():
             raise DataInvalid(
                 f"{entry.path}: expected files and folders, found a symbolic link; put the file itself there"
             )
     return entries
+
+
+def _on_one_line(where: str, name: str) -> str:
+    """The name; raises DataInvalid for one that would end the line of a message, or hide what it says."""
+    if any(unicodedata.category(each) in ("Cc", "Zl", "Zp") for each in name):
+        raise DataInvalid(f"{where}: expected names without control characters, found {ascii(name)[:80]}; rename it")
+    return name
 
 
 # ---- Pixels ----------------------------------------------------------------------------------------------------------
@@ -187,6 +209,7 @@ def decode(content: bytes, where: str, shape_CHW: tuple[int, int, int], expected
         with _opened(content) as image:
             _check_kind(image, where, expected_format)
             _check_shape(image, where, shape_CHW)
+            _check_whole(content, image)
             pixels = np.asarray(image, np.uint8)
             _check_upright(image, where)
     channels, height, width = shape_CHW
@@ -219,6 +242,38 @@ def _check_to_the_end(content: bytes) -> None:
             image.verify()
     elif content.rfind(END_OF_JPEG) < content.rfind(START_OF_SCAN):
         raise ValueError("no end of the image")
+
+
+def _check_whole(content: bytes, image: ImageFile.ImageFile) -> None:
+    """Where pixels are missing, Pillow takes others for them. Of PNG, every row; of JPEG, which counts nothing, most
+    scans that end too early: what follows a whole one makes no difference."""
+    if image.format == "PNG":
+        expected = _num_filtered_bytes(image)
+        if len(zlib.decompressobj().decompress(_png_data(content), expected)) < expected:
+            raise ValueError("rows of the image are missing")
+    else:
+        end = content.rfind(END_OF_JPEG)
+        with _opened(content) as found, _opened(content[:end] + JUNK + content[end:]) as padded:
+            if not np.array_equal(np.asarray(found), np.asarray(padded)):
+                raise ValueError("the end of the image is missing")
+
+
+def _png_data(content: bytes) -> bytes:
+    """What a PNG file has compressed, in one piece; its chunks are whole."""
+    parts, start = [], len(PNG)
+    while start < len(content):
+        (length,), kind = struct.unpack_from(">I", content, start), content[start + 4 : start + 8]
+        if kind == b"IDAT":
+            parts.append(content[start + 8 : start + 8 + length])
+        start += 12 + length
+    return b"".join(parts)
+
+
+def _num_filtered_bytes(image: ImageFile.ImageFile) -> int:
+    """Of a PNG image of 8 bits: a filter's byte and the values of each row of each pass (PNG 3rd edition, 8.1)."""
+    passes = ADAM7 if image.info.get("interlace") else ((0, 0, 1, 1),)
+    sizes = [(-(-(image.width - x) // dx), -(-(image.height - y) // dy)) for x, y, dx, dy in passes]
+    return sum(rows * (1 + columns * len(image.getbands())) for columns, rows in sizes if columns > 0 and rows > 0)
 
 
 def _opened(content: bytes) -> ImageFile.ImageFile:

@@ -74,13 +74,18 @@ pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)  
 images = pipeline([0, 0], generator=torch.Generator().manual_seed(0)).images  # one for each label
 ```
 
-feddiff is not needed, and the same seed gives the samples that feddiff draws. With FOLDER/denoiser on the path,
-`import pipeline` and `pipeline.load("FOLDER")` give the same pipeline by {needed} alone."""
+feddiff is not needed. Seed 0 and the labels of the job's report, in its order, give its samples, on a CPU of the kind
+that drew them{apart}. With FOLDER/denoiser on the path, `import pipeline` and `pipeline.load("FOLDER")` give the same
+pipeline by {needed} alone."""
 
 
 def _use(run: TrainSharedSpec) -> str:
-    own = run.shared.denoiser == "closedForm" or run.network.backbone == "unet"
-    return USE.format(needed="torch and safetensors" if own else "torch, safetensors and the network of diffusers")
+    closed_form = run.shared.denoiser == "closedForm"
+    own = closed_form or run.network.backbone == "unet"
+    return USE.format(
+        needed="torch and safetensors" if own else "torch, safetensors and the network of diffusers",
+        apart=", up to one level of 255, since diffusers computes in float32" if closed_form else "",
+    )
 
 
 TAGS = ("feddiff", "differential-privacy", "federated-learning", "diffusion", "class-conditional")

@@ -28,7 +28,7 @@ from .stored import StoredImages, Told, digest_header, readable, unheard
 
 ROWS = 1024  # records at a time in passes over all of them
 READ_VALUES = 2**26  # of images that are averaged, at a time
-MOST_CLASSES = 1000  # that a dataset may declare
+MOST_CLASSES, LONGEST_NAME = 1000, 63  # that a dataset may declare
 Shape = tuple[int, int, int]
 
 
@@ -210,7 +210,8 @@ def described(source_format: str, path: Path, labels_path: Path | None) -> tuple
     """Channels, height and width of the images, the number of classes, and their names where they have any: as the
     records show them, for data that nobody has described. Raises InputMissing, DataInvalid."""
     if source_format == "folder":
-        return _described_folder(path, labels_path)
+        shape, num_classes, names = _described_folder(path, labels_path)
+        return shape, _few_enough(num_classes, path), _short_enough(names, path)
     if source_format == "parquet":
         files, ends_F, labels = open_parquet(path)
         labels_N = _checked_labels(labels, MOST_CLASSES, path)
@@ -218,6 +219,22 @@ def described(source_format: str, path: Path, labels_path: Path | None) -> tuple
     images, labels = _read_arrays(source_format, path, labels_path)
     labels_N = _checked_labels(labels, MOST_CLASSES, labels_path or path)
     return _shape_of(images, path), int(labels_N.max()) + 1, ()
+
+
+def _few_enough(num_classes: int, path: Path) -> int:
+    if num_classes > MOST_CLASSES:
+        raise DataInvalid(f"{path}: expected at most {MOST_CLASSES} classes, found {num_classes}; merge some")
+    return num_classes
+
+
+def _short_enough(names: tuple[str, ...], path: Path) -> tuple[str, ...]:
+    for name in names:
+        if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable():
+            raise DataInvalid(
+                f"{path}: expected classes called by 1 to {LONGEST_NAME} characters that can be printed, found"
+                f" {ascii(name)[:80]}; rename it"
+            )
+    return names
 
 
 def _described_folder(path: Path, labels_path: Path | None) -> tuple[Shape, int, tuple[str, ...]]:

@@ -145,6 +145,7 @@ def split(spec: SplitSpec) -> dict[str, Any]:
         "classes": {"count": num_classes, "names": list(names)},
         "records": dict(zip(spec.clients, counts, strict=True)),
         "holdout": len(divided.holdout),
+        "undealt": len(records) - len(divided.holdout) - sum(len(rows) for rows in divided.clients),
     }
 
 

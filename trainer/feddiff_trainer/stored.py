@@ -7,6 +7,8 @@ Shapes: N images, n of them, C channels, H height, W width.
 """
 
 import hashlib
+import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from feddiff_protocol.errors import InputMissing, PrivacyRefusal
+from feddiff_protocol.errors import DataInvalid, InputMissing, PrivacyRefusal
 
 Pixels = NDArray[np.uint8]
 Rows = NDArray[np.int64]
@@ -103,8 +105,12 @@ def digest_header(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> bytes:
 
 @contextmanager
 def readable(path: Path | str) -> Iterator[None]:
-    """Turns what the file system says about `path` into InputMissing."""
+    """Turns what the file system says about `path` into InputMissing. Raises DataInvalid for a pipe or a device, which
+    would be waited for without an end."""
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise DataInvalid(f"{path}: expected a file or a folder, found a pipe or a device; name what holds records")
         yield
     except OSError as error:
         reason = error.strerror or str(error)

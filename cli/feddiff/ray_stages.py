@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from feddiff_protocol.errors import ConfigurationInvalid, Interrupted, UsageInva
 from feddiff_protocol.plan import StageKey
 from feddiff_protocol.stages import Stage
 
+from .engine import usable_cores
 from .processes import (
     AnySpec,
     Attempt,
@@ -36,7 +38,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is import
 
 try:
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+    from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 except ImportError:
     raise ConfigurationInvalid("--engine ray needs one more package: pip install 'feddiff[ray]'") from None
 
@@ -44,6 +48,7 @@ ON_GPU = (Stage.TRAIN_SHARED, Stage.TRAIN_PERSONAL)  # the others compute on the
 LOST = 128 + signal.SIGKILL
 LOOK_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # for the other ranks to end once one has failed
+HEAD_LOOK_SECONDS, HEAD_GONE_SECONDS = 2.0, 30.0  # after 60 without it Ray would end this process, with 1 and no word
 OBJECT_STORE_BYTES = 80 << 20  # about the least that Ray starts with
 
 
@@ -55,20 +60,26 @@ def ray_cluster(address: str | None, processes: int | None, gpu_share: float | N
     """What of an engine's Setting a Ray cluster decides, for as long as it is joined; one of this machine's
     `processes` cores is started where neither `address` nor RAY_ADDRESS names another.
 
-    Raises ConfigurationInvalid when there is none, or no GPU to share, UsageInvalid for a share that is none.
+    Raises ConfigurationInvalid when there is none, or none with a CPU, or no GPU to share, UsageInvalid for a share
+    that is none, Interrupted when it is stopped while it joins.
     """
     if gpu_share is not None and not 0 < gpu_share <= 1:
         raise UsageInvalid(f"--gpu-share: expected a number above 0 and at most 1, found {gpu_share}")
-    _join(address or os.environ.get("RAY_ADDRESS") or "local", processes)
+    place = address or os.environ.get("RAY_ADDRESS") or "local"
+    _join(place, processes)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+        cpus_of_nodes = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+        cpus, gpus = sum(cpus_of_nodes), int(sum(node.get("GPU", 0) for node in nodes))
+        if not cpus:
+            raise ConfigurationInvalid(
+                f"expected a CPU at least in the Ray cluster at {place}, found none; wait for its workers, or add one"
+            )
         if gpu_share and not gpus:
             raise ConfigurationInvalid("--gpu-share: the Ray cluster has no GPU; leave the option out")
-        slots = min(processes or cpus, cpus)
         yield {
-            "num_processes": slots,
-            "cores": min(cpus, *(int(node.get("CPU", 0)) for node in nodes)),
+            "num_processes": min(processes or cpus, cpus),
+            "cores": usable_cores() if place == "local" else min(cpus_of_nodes),
             "start_attempt": StartOnRay(gpus=gpus, gpu_share=(gpu_share or 1.0) if gpus else 0.0),
         }
     finally:
@@ -84,6 +95,34 @@ def _join(address: str, processes: int | None) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigurationInvalid(f"no Ray cluster at {address}: {reason}; name one that runs by --address") from None
+    except SystemExit:  # what Ray makes of SIGTERM
+        raise Interrupted("stopped while a Ray cluster was joined; run the same command again") from None
+
+
+class Head:
+    """The head of a cluster, by whether its port is open."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self.place = host, int(port)
+        self.looked_at = self.seen_at = time.monotonic()
+
+    def look(self) -> None:
+        """Raises Interrupted once it has been gone for a while."""
+        if time.monotonic() - self.looked_at < HEAD_LOOK_SECONDS:
+            return
+        try:
+            socket.create_connection(self.place, timeout=HEAD_LOOK_SECONDS).close()
+            self.seen_at = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - self.seen_at > HEAD_GONE_SECONDS:
+                raise Interrupted(
+                    f"the head of the Ray cluster is gone: {error}; run the same command again to go on"
+                ) from None
+        self.looked_at = time.monotonic()
+
+
+_head = lru_cache(maxsize=1)(Head)  # of the cluster that this process has joined
 
 
 # ---- Attempts ----------------------------------------------------------------------------------------------------
@@ -106,7 +145,7 @@ class StartOnRay:
     def __call__(
         self, key: StageKey, attempt: int, folder: Path, spec: AnySpec, slots: int, threads: int, now: float
     ) -> Attempt:
-        """Raises ConfigurationInvalid where the ranks can never have a GPU each."""
+        """Raises ConfigurationInvalid where the ranks can never have their share of CPUs, or a GPU each."""
         num_ranks = num_processes(spec)
         if num_ranks > 1 and self.gpus and num_ranks > self.gpus:
             raise ConfigurationInvalid(
@@ -115,19 +154,39 @@ class StartOnRay:
             )
         share = 0.0 if spec.stage not in ON_GPU else 1.0 if num_ranks > 1 and self.gpus else self.gpu_share
         (folder / "exits").mkdir(exist_ok=True)
+        places = _places(num_ranks, slots / num_ranks, share)
         task = ray.remote(max_retries=0)(_rank).options(
-            num_cpus=slots / num_ranks, num_gpus=share, name=f"{' '.join(filter(None, key))} {attempt}"
+            num_cpus=slots / num_ranks,
+            num_gpus=share,
+            name=f"{' '.join(filter(None, key))} {attempt}",
+            scheduling_strategy=PlacementGroupSchedulingStrategy(places) if places else "DEFAULT",
         )
         command, told = self.command(spec, folder / "spec.json"), stage_environment(folder, threads)
-        ranks = [task.remote(rank, num_ranks, folder, command, told) for rank in range(num_ranks)]
-        return RayAttempt(key, attempt, folder, slots, now, ranks)
+        ranks = {task.remote(rank, num_ranks, folder, command, told): rank for rank in range(num_ranks)}
+        return RayAttempt(key, attempt, folder, slots, now, ranks, places)
+
+
+def _places(num_ranks: int, cpus: float, gpus: float) -> PlacementGroup | None:
+    """Room for all ranks of an attempt, taken at once or not at all: some of them would wait for the others in vain."""
+    if num_ranks == 1:
+        return None
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    room = sum(int(node / cpus + 1e-3) for node in nodes)  # Ray counts in ten-thousandths
+    if room < num_ranks:
+        raise ConfigurationInvalid(
+            f"expected room for {num_ranks} ranks of {cpus:.3g} CPUs in the Ray cluster, each on one node, found room"
+            f" for {room}; ask for fewer (shared.replicas × processesPerReplica), or add nodes"
+        )
+    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    return placement_group([bundle] * num_ranks)
 
 
 @dataclass
 class RayAttempt(Attempt):
     """One as the tasks of its ranks."""
 
-    ranks: list[Any]
+    ranks: dict[Any, int]  # by their tasks
+    places: "PlacementGroup | None"
     _codes: list[int] = field(default_factory=list, init=False)  # in the order of their ends
     _failed_at: float | None = field(default=None, init=False)
 
@@ -135,17 +194,28 @@ class RayAttempt(Attempt):
         return (self.folder / "stderr.log").exists()
 
     def ended(self) -> bool:
-        ready, self.ranks = _wait(self.ranks)
-        self._codes += [_code(rank) for rank in ready]
+        for task in _ended(list(self.ranks)):
+            del self.ranks[task]
+            self._codes.append(_code(task))
         if self.ranks and any(self._codes):
             self._stop_the_others()
+        if not self.ranks and self.places is not None:
+            remove_placement_group(self.places)
+            self.places = None
         return not self.ranks
 
     def kill(self) -> None:
-        _say(self.folder, signal.SIGKILL)
+        self._say(signal.SIGKILL)
 
     def _tell_to_stop(self) -> None:
-        _say(self.folder, signal.SIGTERM)
+        self._say(signal.SIGTERM)
+
+    def _say(self, word: signal.Signals) -> None:
+        """To the ranks that have begun; one that waits for its turn needs none any more."""
+        _say(self.folder, word)
+        for task, rank in self.ranks.items():
+            if not _sign_of_life(self.folder, rank).exists():
+                ray.cancel(task)
 
     def _own_code(self) -> int:
         failed = [code for code in self._codes if code]
@@ -155,28 +225,37 @@ class RayAttempt(Attempt):
     def _stop_the_others(self) -> None:
         if self._failed_at is None:
             self._failed_at = time.monotonic()
-            _say(self.folder, signal.SIGTERM)
+            self._say(signal.SIGTERM)
         elif time.monotonic() - self._failed_at > GRACE_SECONDS:
-            _say(self.folder, signal.SIGKILL)
+            self._say(signal.SIGKILL)
 
 
-def _wait(ranks: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Those that have ended, and the others. Raises Interrupted when the cluster is gone."""
-    if not ranks:
-        return [], []
+def _ended(tasks: list[Any]) -> list[Any]:
+    """Those that have ended. Raises Interrupted when the cluster is gone."""
+    if not tasks:
+        return []
+    _head(ray.get_runtime_context().gcs_address).look()
     try:
-        ended, others = ray.wait(ranks, num_returns=len(ranks), timeout=0)
-        return ended, others
+        ended, _ = ray.wait(tasks, num_returns=len(tasks), timeout=0)
+        return list(ended)
     except RayError as error:
         raise Interrupted(f"the Ray cluster is gone: {error}; run the same command again to go on") from None
 
 
-def _code(rank: Any) -> int:
-    """What a rank's process ended with, a signal's as 128 + its number; a lost one was killed."""
+def _code(task: Any) -> int:
+    """What a rank's process ended with, a signal's as 128 + its number; a lost one was killed. Raises
+    ConfigurationInvalid where it cannot be started on its node."""
     try:
-        return int(ray.get(rank))
-    except RayTaskError:
-        raise  # our bug
+        return int(ray.get(task))
+    except TaskCancelledError:
+        return Interrupted.exit_code
+    except RayTaskError as error:
+        if not isinstance(error.cause, OSError | ImportError):
+            raise  # our bug
+        raise ConfigurationInvalid(
+            "expected the run's folder and this installation at the same path on every node of the Ray cluster, found:"
+            f" {error.cause}; see docs/ray.md"
+        ) from None
     except RayError:
         return LOST
 
@@ -186,6 +265,9 @@ def _code(rank: Any) -> int:
 
 def _rank(rank: int, num_ranks: int, folder: Path, command: list[str], told: Mapping[str, str]) -> int:
     """A rank's process from its start to its end."""
+    _sign_of_life(folder, rank).touch()
+    if _word(folder):  # said while this waited for its turn
+        return Interrupted.exit_code
     environment = os.environ | told
     if num_ranks > 1:
         place = _meeting_point(rank, folder)
@@ -223,6 +305,11 @@ def _meeting_point(rank: int, folder: Path) -> dict[str, str]:
         time.sleep(LOOK_SECONDS)
     host, _, port = file.read_text().rpartition(":")
     return {"MASTER_ADDR": host, "MASTER_PORT": port}
+
+
+def _sign_of_life(folder: Path, rank: int) -> Path:
+    """Is there once the rank has its turn."""
+    return folder / f"rank-{rank}-begun"
 
 
 def _say(folder: Path, word: signal.Signals) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from feddiff.engine import Setting, run_job
+from feddiff import ray_stages
+from feddiff.engine import Setting, run_job, usable_cores
 from feddiff.ray_stages import OBJECT_STORE_BYTES, StartOnRay, ray_cluster
 from feddiff.run_folder import RunFolder
 from feddiff_protocol.errors import ConfigurationInvalid, Interrupted, UsageInvalid
@@ -43,7 +44,7 @@ def only(stage: Stage, script: str, times: int = 1) -> Callable[[Any], str | Non
 
 
 def test_a_cluster_says_how_many_processes_and_takes_no_memory_for_objects(cluster: dict[str, Any]) -> None:
-    assert (cluster["num_processes"], cluster["cores"]) == (2, 2)
+    assert (cluster["num_processes"], cluster["cores"]) == (2, usable_cores())
     assert cluster["start_attempt"].gpu_share == 0
     import ray
 
@@ -149,6 +150,33 @@ class _LateClock:
         return time.time() + (100 if self.file.exists() else 0)
 
 
+def test_a_run_is_stopped_although_its_stage_waits_for_its_turn(world: Any, cluster: dict[str, Any]) -> None:
+    """Others of the cluster have all its CPUs, for as long as they like."""
+    import ray
+
+    other = ray.remote(num_cpus=2)(lambda: time.sleep(600)).remote()
+    waits = world.path / "run/stages/release-a/attempt-1/spec.json"
+    world.owners, stages = "a", world.stages()
+    try:
+        with pytest.raises(Interrupted):
+            on_ray(world, world.job(), stages, cluster, stop_requested=waits.exists)
+    finally:
+        ray.cancel(other, force=True)
+    assert not (waits.parent / "stderr.log").exists(), "it had begun"
+    assert on_ray(world, world.job(), stages, cluster).exit_code == 0
+    assert world.ledger("a").num_releases == 1
+
+
+def test_a_node_that_cannot_start_a_stage_is_a_mistake_in_words(world: Any, cluster: dict[str, Any]) -> None:
+    """As one that does not see the run's folder cannot, or, here, one that takes no command of this length."""
+    start = StartOnRay(gpus=0, gpu_share=0.0, command=lambda spec, path: ["true", 3_000_000 * "x"])
+    with pytest.raises(ConfigurationInvalid) as caught:
+        on_ray(world, world.job(), world.stages(), cluster, start_attempt=start)
+    words = str(caught.value)
+    assert words.startswith("expected the run's folder and this installation at the same path on every node")
+    assert "Argument list too long" in words and len(words.splitlines()) == 1
+
+
 # ---- What dies with everything in it
 
 
@@ -159,6 +187,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from conftest import FakeStages
 from feddiff import main, ray_stages
+ray_stages.HEAD_LOOK_SECONDS, ray_stages.HEAD_GONE_SECONDS = 0.2, 1.0
 stages = FakeStages(lambda spec: {sample!r} if spec.stage == "sample" else None)
 start = ray_stages.StartOnRay
 ray_stages.StartOnRay = lambda **given: start(command=stages, **given)
@@ -173,15 +202,17 @@ def test_a_run_whose_driver_or_head_was_killed_goes_on_and_spends_nothing_twice(
     world: Any, cluster: dict[str, Any], victim: str
 ) -> None:
     world.owners = "a"
-    impatient = os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "1"}
     hangs = command_line(world, f"echo $$ > {world.path}/pid; exec sleep 600")
-    with subprocess.Popen(hangs, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=impatient) as driver:
+    with subprocess.Popen(hangs, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
         while not (world.path / "pid").exists():
             assert driver.poll() is None, driver.stderr and driver.stderr.read()
             time.sleep(0.05)
         family = psutil.Process(driver.pid).children(recursive=True)
         (driver if victim == "driver" else _named(family, victim)).send_signal(signal.SIGKILL)
-        driver.wait(timeout=120)
+        _, said = driver.communicate(timeout=120)
+    if victim == "gcs_server":
+        assert driver.returncode == 75
+        assert "feddiff: the head of the Ray cluster is gone: " in said and "Traceback" not in said
     _gone(int((world.path / "pid").read_text()))
     stages = world.stages()
     assert on_ray(world, world.job(), stages, cluster).exit_code == 0
@@ -206,6 +237,40 @@ def _named(processes: list[psutil.Process], name: str) -> psutil.Process:
 def test_what_cannot_be_joined_or_shared_is_refused(options: dict[str, Any], error: type[Exception], says: str) -> None:
     asked: dict[str, Any] = {"address": None, "processes": None, "gpu_share": None} | options
     with pytest.raises(error, match=says), ray_cluster(**asked):
+        pass
+
+
+def joined(monkeypatch: pytest.MonkeyPatch, address: str, *cpus_of_nodes: float) -> dict[str, Any]:
+    """What is made of a cluster of these nodes."""
+    monkeypatch.setattr(ray_stages, "_join", lambda *asked: None)
+    monkeypatch.setattr(ray_stages.ray, "shutdown", lambda: None)
+    nodes = [{"Alive": True, "Resources": {"CPU": cpus} if cpus else {}} for cpus in cpus_of_nodes]
+    monkeypatch.setattr(ray_stages.ray, "nodes", lambda: nodes)
+    with ray_cluster(address, 8, None) as setting:
+        return setting
+
+
+def test_nodes_without_a_cpu_carry_nothing_and_slow_nobody_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head has none by its manifest, and without a bound of CPUs all stages would run there at once."""
+    setting = joined(monkeypatch, "head:6379", 0, 4, 8)
+    assert (setting["num_processes"], setting["cores"]) == (8, 4)
+    assert joined(monkeypatch, "local", 8)["cores"] == usable_cores()
+    with pytest.raises(ConfigurationInvalid, match="a CPU at least in the Ray cluster at head:6379, found none"):
+        joined(monkeypatch, "head:6379", 0, 0)
+
+
+def test_ranks_that_never_have_room_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined(monkeypatch, "head:6379", 0, 1, 1)
+    with pytest.raises(ConfigurationInvalid, match=r"room for 3 ranks of 0\.667 CPUs .* found room for 2"):
+        ray_stages._places(3, 2 / 3, 0.0)
+
+
+def test_being_stopped_while_a_cluster_is_joined_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*given: Any, **more: Any) -> None:
+        raise SystemExit(signal.SIGTERM)
+
+    monkeypatch.setattr(ray_stages.ray, "init", stopped)
+    with pytest.raises(Interrupted, match="stopped while a Ray cluster was joined"), ray_cluster("a:1", None, None):
         pass
 
 

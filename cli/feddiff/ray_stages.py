@@ -284,11 +284,15 @@ def _rank(rank: int, num_ranks: int, folder: Path, command: list[str], told: Map
             process_group=0,
         )
     told_to = 0
-    while (code := process.poll()) is None:
-        if (word := _word(folder)) != told_to:
-            told_to = word
-            os.killpg(process.pid, word)
-        time.sleep(LOOK_SECONDS)
+    try:
+        while (code := process.poll()) is None:
+            if (word := _word(folder)) != told_to:
+                told_to = word
+                os.killpg(process.pid, word)
+            time.sleep(LOOK_SECONDS)
+    except BaseException:  # cancelled in the moment in which it began
+        os.killpg(process.pid, signal.SIGTERM)
+        raise
     return code if code >= 0 else 128 - code
 
 

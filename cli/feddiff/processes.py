@@ -215,7 +215,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
 
 def stop_orphans(stages: Path, grace_seconds: float, sleep: Callable[[float], None] = time.sleep) -> int:
     """No stage of an earlier engine is left below `stages`; returns how many there were."""
-    orphans = list(_orphans(stages))
+    orphans = list(orphans_below(stages))
     for orphan in orphans:
         with suppress(psutil.Error):
             orphan.terminate()
@@ -230,7 +230,8 @@ def stop_orphans(stages: Path, grace_seconds: float, sleep: Callable[[float], No
     return len(orphans)
 
 
-def _orphans(stages: Path) -> Iterator[psutil.Process]:
+def orphans_below(stages: Path) -> Iterator[psutil.Process]:
+    """The processes of stages whose folders are below `stages`, on this machine."""
     mine = os.getpid()
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):

@@ -2,7 +2,8 @@
 
 Engine and tasks meet in the attempt's folder, so all nodes see the run's folder and the owners' at the same paths: one
 machine, or a file system that they share. Nothing goes through Ray's object store but exit codes. A task that Ray loses
-is an attempt that was killed; its process is told to stop by the kernel, and saves its work where it still can.
+is an attempt that was killed; its process is told to stop by the kernel, saves its work where it still can, and is
+waited for as long as its node is there.
 """
 
 import os
@@ -30,7 +31,9 @@ from .processes import (
     StageCommand,
     dying_with_its_parent,
     num_processes,
+    orphans_below,
     stage_environment,
+    stop_orphans,
 )
 from .run_folder import replace_file
 
@@ -40,13 +43,13 @@ try:
     import ray
     from ray.exceptions import RayError, RayTaskError, TaskCancelledError
     from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 except ImportError:
     raise ConfigurationInvalid("--engine ray needs one more package: pip install 'feddiff[ray]'") from None
 
 ON_GPU = (Stage.TRAIN_SHARED, Stage.TRAIN_PERSONAL)  # the others compute on the CPU, whatever is there
 LOST = 128 + signal.SIGKILL
-LOOK_SECONDS = 0.1
+LOOK_SECONDS, FOLLOWING_SECONDS = 0.1, 0.5
 GRACE_SECONDS = 30.0  # for the other ranks to end once one has failed
 HEAD_LOOK_SECONDS, HEAD_GONE_SECONDS = 2.0, 30.0  # after 60 without it Ray would end this process, with 1 and no word
 OBJECT_STORE_BYTES = 80 << 20  # about the least that Ray starts with
@@ -188,6 +191,7 @@ class RayAttempt(Attempt):
     ranks: dict[Any, int]  # by their tasks
     places: "PlacementGroup | None"
     _codes: list[int] = field(default_factory=list, init=False)  # in the order of their ends
+    _followed: set[int] = field(default_factory=set, init=False)  # ranks whose tasks were lost and processes are not
     _failed_at: float | None = field(default=None, init=False)
 
     def begun(self) -> bool:
@@ -195,8 +199,12 @@ class RayAttempt(Attempt):
 
     def ended(self) -> bool:
         for task in _ended(list(self.ranks)):
-            del self.ranks[task]
-            self._codes.append(_code(task))
+            rank, code = self.ranks.pop(task), _code(task)
+            if code == LOST and rank not in self._followed and (follower := _follower(self.folder, rank)):
+                self.ranks[follower] = rank
+                self._followed.add(rank)
+            else:
+                self._codes.append(code)
         if self.ranks and any(self._codes):
             self._stop_the_others()
         if not self.ranks and self.places is not None:
@@ -260,12 +268,22 @@ def _code(task: Any) -> int:
         return LOST
 
 
+def _follower(folder: Path, rank: int) -> Any:
+    """A task that waits on a lost rank's node until its process is gone, if it had begun and the node is there."""
+    sign = _sign_of_life(folder, rank)
+    node = sign.read_text() if sign.exists() else ""
+    if node not in {each["NodeID"] for each in ray.nodes() if each["Alive"]}:
+        return None
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(max_retries=0, num_cpus=0)(_end_what_is_left).options(scheduling_strategy=there).remote(folder)
+
+
 # ---- In a Ray worker ---------------------------------------------------------------------------------------------
 
 
 def _rank(rank: int, num_ranks: int, folder: Path, command: list[str], told: Mapping[str, str]) -> int:
     """A rank's process from its start to its end."""
-    _sign_of_life(folder, rank).touch()
+    replace_file(_sign_of_life(folder, rank), ray.get_runtime_context().get_node_id())
     if _word(folder):  # said while this waited for its turn
         return Interrupted.exit_code
     environment = os.environ | told
@@ -296,6 +314,15 @@ def _rank(rank: int, num_ranks: int, folder: Path, command: list[str], told: Map
     return code if code >= 0 else 128 - code
 
 
+def _end_what_is_left(folder: Path) -> int:
+    """The kernel has told it to stop already; told again, it would leave the saving of its work."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(orphans_below(folder)) and time.monotonic() < deadline:
+        time.sleep(FOLLOWING_SECONDS)
+    stop_orphans(folder, grace_seconds=FOLLOWING_SECONDS)
+    return LOST
+
+
 def _meeting_point(rank: int, folder: Path) -> dict[str, str]:
     """Where rank 0 waits for the others; nothing if the attempt was stopped before it had said so."""
     file = folder / "meeting-point"
@@ -312,7 +339,7 @@ def _meeting_point(rank: int, folder: Path) -> dict[str, str]:
 
 
 def _sign_of_life(folder: Path, rank: int) -> Path:
-    """Is there once the rank has its turn."""
+    """Is there once the rank has its turn, and says on which node."""
     return folder / f"rank-{rank}-begun"
 
 

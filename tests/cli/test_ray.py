@@ -112,6 +112,22 @@ def test_a_lost_worker_is_a_failed_attempt_whose_process_is_told_to_stop(world: 
     assert (world.path / "told").exists()
 
 
+def test_a_lost_ranks_process_has_ended_before_the_next_attempt_begins(world: Any, cluster: dict[str, Any]) -> None:
+    """However long it takes to save its work: two would write into one store."""
+    pid, alone = world.path / "pid", world.path / "alone"
+    lost = f"trap 'sleep 6; exit 75' TERM; echo $$ > {pid}; kill -9 $PPID; while :; do sleep 0.05; done"
+    stages, world.owners = world.stages(), "a"
+
+    def behaviour(spec: Any) -> str | None:
+        if spec.stage is not Stage.SAMPLE:
+            return None
+        return lost if spec.attempt == 1 else f"kill -0 $(cat {pid}) || touch {alone}; {world.receipt_script(spec)}"
+
+    stages.behaviour = behaviour
+    assert on_ray(world, world.job(), stages, cluster).exit_code == 0
+    assert alone.exists()
+
+
 def _gone(pid: int) -> None:
     deadline = time.monotonic() + 60
     while psutil.pid_exists(pid):

@@ -6,6 +6,7 @@ strings, so that no value changes on its way through JSON; every list and string
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
@@ -296,7 +297,7 @@ class ClassesSpec(Wire):
             )
         if self.names and len(self.names) != self.count:
             raise ValueError(f"names: expected one for each of {self.count} classes, found {len(self.names)}")
-        if twice := next((name for name in self.names if self.names.count(name) > 1), None):
+        if twice := next((name for name, count in Counter(self.names).items() if count > 1), None):
             raise ValueError(f"names: expected a name of its own for each class, found {twice!r} twice")
         if sum(self.records) < 2:
             raise ValueError(f"records: expected at least 2 records in all, found {sum(self.records)}")

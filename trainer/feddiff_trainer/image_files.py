@@ -209,8 +209,8 @@ def decode(content: bytes, where: str, shape_CHW: tuple[int, int, int], expected
         with _opened(content) as image:
             _check_kind(image, where, expected_format)
             _check_shape(image, where, shape_CHW)
-            _check_whole(content, image)
             pixels = np.asarray(image, np.uint8)
+            _check_whole(content, image, pixels)
             _check_upright(image, where)
     channels, height, width = shape_CHW
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)
@@ -244,8 +244,8 @@ def _check_to_the_end(content: bytes) -> None:
         raise ValueError("no end of the image")
 
 
-def _check_whole(content: bytes, image: ImageFile.ImageFile) -> None:
-    """Where pixels are missing, Pillow takes others for them. Of PNG, every row; of JPEG, which counts nothing, most
+def _check_whole(content: bytes, image: ImageFile.ImageFile, pixels: NDArray[np.uint8]) -> None:
+    """Where pixels are missing, Pillow took others for them. Of PNG, every row; of JPEG, which counts nothing, most
     scans that end too early: what follows a whole one makes no difference."""
     if image.format == "PNG":
         expected = _num_filtered_bytes(image)
@@ -253,8 +253,8 @@ def _check_whole(content: bytes, image: ImageFile.ImageFile) -> None:
             raise ValueError("rows of the image are missing")
     else:
         end = content.rfind(END_OF_JPEG)
-        with _opened(content) as found, _opened(content[:end] + JUNK + content[end:]) as padded:
-            if not np.array_equal(np.asarray(found), np.asarray(padded)):
+        with _opened(content[:end] + JUNK + content[end:]) as padded:
+            if not np.array_equal(pixels, np.asarray(padded)):
                 raise ValueError("the end of the image is missing")
 
 

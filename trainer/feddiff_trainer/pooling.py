@@ -83,8 +83,9 @@ def pool(
         known = at_home[position](released) if at_home and position in at_home else released
         classes = classes or [PooledClass(num_values(released)) for _ in released.counts_K]
         for k, pooled in enumerate(classes):
-            pooled.add(said_of_class(known, k, variance_guess), variance_guess)
-            released_precision += said_of_class(released, k, variance_guess).precision / len(classes)
+            said = said_of_class(released, k, variance_guess)
+            released_precision += said.precision / len(classes)
+            pooled.add(said if known is released else said_of_class(known, k, variance_guess), variance_guess)
         most = max(most, largest_trace(known))
         map_DD = released.map_DD if isinstance(released, OwnerSummary) else None  # the same at all owners
     _check_every_class_has_records(classes)

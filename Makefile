@@ -11,25 +11,28 @@ demo: $(VENV)/.demo
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/digits/demo.sh $(DEMO)
 
 CAN_RUN_PODS = test "$$(id -u)" = 0 && command -v go containerd buildah promtool >/dev/null
+# A process more than cores: some of them wait for a cluster. The longest files come first, as tests/conftest.py sorts them.
+PYTEST = $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 LEFT_OUT = left out: the tests that run a Kubernetes; they need root, Go 1.24+ and the Debian packages in .ci/run
 
-test: check
-	@if $(CAN_RUN_PODS); then $(MAKE) --no-print-directory test-all; elif [ -n "$$CI" ]; then echo "$(LEFT_OUT)"; exit 1; \
+# Two at a time: pip waits for the network where Go's compiler does not.
+test:
+	@if $(CAN_RUN_PODS); then $(MAKE) --no-print-directory -j2 test-all; elif [ -n "$$CI" ]; then echo "$(LEFT_OUT)"; exit 1; \
 	else $(MAKE) --no-print-directory test-local; echo "$(LEFT_OUT)"; fi
 
 test-all: check kube images
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 test-local: check
-	$(BIN)/pytest -n 2 --dist loadfile -m "not cluster"
+	$(PYTEST) -m "not cluster"
 
 # Every fault under a job of its own: half an hour. Writes docs/reliability.md.
-chaos: kube images
+chaos: $(VENV)/.dev kube images
 	FEDDIFF_CHAOS=docs/reliability.md $(BIN)/pytest -m "chaos or node" tests/cluster/test_chaos.py
 
 # One whole job of three owners on a node, scraped by a real Prometheus: ten minutes once the images are built. With
 # FEDDIFF_E2E_ROW=FILE it appends a row of what it measured. `make test` runs its short form, tests/cluster/test_first_job.py.
-e2e: kube images
+e2e: $(VENV)/.dev kube images
 	$(BIN)/pytest -m e2e tests/cluster/test_e2e.py
 
 check: $(VENV)/.dev
@@ -39,11 +42,11 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 # The Kubernetes that tests run: 5 minutes at first, then only when tests/cluster changes what it is made of.
-kube: $(VENV)/.dev
+kube: | $(VENV)/bin/python
 	@PYTHON="$(abspath $(BIN))/python" tests/cluster/build.sh
 
 # The images that the tests' node runs: 7 minutes at first, then only for what changed.
-images: $(VENV)/.dev
+images: | $(VENV)/bin/python
 	@PYTHON="$(abspath $(BIN))/python" tests/cluster/images.sh
 
 # The definitions of our kinds, the page about them and the one about `import feddiff`, from the types.

@@ -10,19 +10,28 @@ Types: `from cluster.kubernetes import ControlPlane, Node`.
 import fcntl
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import structlog
+from xdist.scheduler import LoadFileScheduling
 
 from cluster.kubernetes import RUN, CommandFailed, ControlPlane, Node, ProgramsMissing
+from feddiff.processes import THREAD_VARIABLES
+
+# Before torch and numpy are loaded, here and in every process that a test starts: threads of processes side by side
+# wait for each other in loops, and tests take twice as long (docs/decisions/0018).
+for variable in THREAD_VARIABLES:
+    os.environ.setdefault(variable, "1")
 
 C = TypeVar("C", bound=ControlPlane)
 CRDS = Path(__file__).parents[1] / "crds"
 SHORT_NAMES = ("fdj", "pds", "prl")
-NODE_SECONDS = 1200  # images are built and loaded, and one file of tests may have to wait for another's node
+NODE_SECONDS = 1200  # a node starts, loads images and waits for pods
+NODE_FILES = ("test_first_job.py", "test_chaos.py", "test_node.py", "test_e2e.py")
 
 
 LONGEST = {
@@ -42,7 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What needs a cluster says so (`-m "not cluster"`), what needs a node too (`-m node`), and may take its time. The
-    longest are run when they are asked for by name (`-m chaos`) and else left out."""
+    longest are run when they are asked for by name (`-m chaos`) and else left out. The node comes first, then files
+    with many tests: what takes long at the end would keep one core waiting."""
     unasked = [marker for marker in LONGEST if marker not in config.getoption("markexpr")]
     longest = [item for item in items if any(map(item.get_closest_marker, unasked))]
     config.hook.pytest_deselected(items=longest)
@@ -53,8 +63,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.cluster)
         if "node" in fixtures:
             item.add_marker(pytest.mark.node)
+        if item.get_closest_marker("node"):
+            assert item.path.name in NODE_FILES, f"{item.path.name} runs a node and is not in NODE_FILES"
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(NODE_SECONDS))
+    num_tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.get_closest_marker("node") is None, -num_tests[item.path]))
+
+
+class OneNode(LoadFileScheduling):
+    """As `--dist loadfile`, but all files that run a node, of which a machine has one, are one process's."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return "node" if file.endswith(NODE_FILES) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneNode | None:
+    return OneNode(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)

@@ -69,8 +69,8 @@ def ray_cluster(address: str | None, processes: int | None, gpu_share: float | N
     if gpu_share is not None and not 0 < gpu_share <= 1:
         raise UsageInvalid(f"--gpu-share: expected a number above 0 and at most 1, found {gpu_share}")
     place = address or os.environ.get("RAY_ADDRESS") or "local"
-    _join(place, processes)
     try:
+        _join(place, processes)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus_of_nodes = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
         cpus, gpus = sum(cpus_of_nodes), int(sum(node.get("GPU", 0) for node in nodes))
@@ -85,6 +85,8 @@ def ray_cluster(address: str | None, processes: int | None, gpu_share: float | N
             "cores": usable_cores() if place == "local" else min(cpus_of_nodes),
             "start_attempt": StartOnRay(gpus=gpus, gpu_share=(gpu_share or 1.0) if gpus else 0.0),
         }
+    except SystemExit:  # what Ray makes of SIGTERM, until a run counts it itself
+        raise Interrupted("stopped; run the same command again to go on") from None
     finally:
         ray.shutdown()
 
@@ -98,8 +100,6 @@ def _join(address: str, processes: int | None) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigurationInvalid(f"no Ray cluster at {address}: {reason}; name one that runs by --address") from None
-    except SystemExit:  # what Ray makes of SIGTERM
-        raise Interrupted("stopped while a Ray cluster was joined; run the same command again") from None
 
 
 class Head:
@@ -220,7 +220,7 @@ class RayAttempt(Attempt):
 
     def _say(self, word: signal.Signals) -> None:
         """To the ranks that have begun; one that waits for its turn needs none any more."""
-        _say(self.folder, word)
+        _leave_word(self.folder, word)
         for task, rank in self.ranks.items():
             if not _sign_of_life(self.folder, rank).exists():
                 ray.cancel(task)
@@ -343,7 +343,7 @@ def _sign_of_life(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}-begun"
 
 
-def _say(folder: Path, word: signal.Signals) -> None:
+def _leave_word(folder: Path, word: signal.Signals) -> None:
     """All ranks of this attempt are to end so; a harder word is not taken back."""
     if _word(folder) not in (word, signal.SIGKILL):
         replace_file(folder / "stop", str(int(word)))

@@ -250,7 +250,10 @@ def _named(processes: list[psutil.Process], name: str) -> psutil.Process:
         ({"address": "127.0.0.1:1"}, ConfigurationInvalid, "no Ray cluster at 127.0.0.1:1"),
     ],
 )
-def test_what_cannot_be_joined_or_shared_is_refused(options: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_what_cannot_be_joined_or_shared_is_refused(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    monkeypatch.setattr(ray_stages.ray, "shutdown", lambda: None)  # these tests' own cluster goes on
     asked: dict[str, Any] = {"address": None, "processes": None, "gpu_share": None} | options
     with pytest.raises(error, match=says), ray_cluster(**asked):
         pass
@@ -281,12 +284,14 @@ def test_ranks_that_never_have_room_at_once_are_refused(monkeypatch: pytest.Monk
         ray_stages._places(3, 2 / 3, 0.0)
 
 
-def test_being_stopped_while_a_cluster_is_joined_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", ["init", "nodes"])
+def test_being_stopped_while_a_cluster_is_joined_is_no_bug(monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     def stopped(*given: Any, **more: Any) -> None:
         raise SystemExit(signal.SIGTERM)
 
-    monkeypatch.setattr(ray_stages.ray, "init", stopped)
-    with pytest.raises(Interrupted, match="stopped while a Ray cluster was joined"), ray_cluster("a:1", None, None):
+    for name in ("init", "shutdown", at):
+        monkeypatch.setattr(ray_stages.ray, name, stopped if name == at else print)
+    with pytest.raises(Interrupted, match="stopped; run the same command again"), ray_cluster("a:1", None, None):
         pass
 
 

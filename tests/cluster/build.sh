@@ -26,7 +26,7 @@ version=$(sed -n 's|^\tk8s.io/kubernetes v||p' kube/go.mod)
 minor=${version#*.}
 ldflags="-s -w -X k8s.io/component-base/version.gitVersion=v$version"
 ldflags+=" -X k8s.io/component-base/version.gitMajor=${version%%.*} -X k8s.io/component-base/version.gitMinor=${minor%%.*}"
-export CGO_ENABLED=0
+export CGO_ENABLED=0 GOGC=400  # the compiler is a tenth faster when it collects less often
 (cd kube && go build -trimpath -ldflags "$ldflags" -o "$new/kube" .)
 (cd pause && go build -trimpath -ldflags "-s -w" -o "$new/pause" main.go)
 

@@ -19,7 +19,7 @@ from cluster.gate import Gate
 from cluster.kubernetes import NODE_ADDRESS
 from cluster.reliability import page
 
-pytestmark = [pytest.mark.cluster, pytest.mark.node, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.node]
 
 PAGE = os.environ.get("FEDDIFF_CHAOS", "")  # where to write what all faults led to
 OUTCOMES: list[Outcome] = []

@@ -26,7 +26,7 @@ from feddiff_protocol import layout
 from feddiff_protocol.manifest import Manifest
 from feddiff_protocol.stages import Receipt, Stage
 
-pytestmark = [pytest.mark.cluster, pytest.mark.node, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.cluster, pytest.mark.node]
 
 OWNERS = ("clinic-a", "clinic-b")
 NAMESPACES = ("research", *OWNERS)

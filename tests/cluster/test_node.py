@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.kubernetes import NODE_ADDRESS, CommandFailed, Node
+from cluster.kubernetes import NODE_ADDRESS, PAUSE, CommandFailed, Node
 
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 
@@ -19,7 +19,7 @@ def pod(name: str, **security: Any) -> dict[str, Any]:
         "runAsNonRoot": True,
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    container = {"name": "main", "image": "localhost/pause:1", "imagePullPolicy": "Never"}
+    container = {"name": "main", "image": PAUSE, "imagePullPolicy": "Never"}
     return {
         "apiVersion": "v1",
         "kind": "Pod",

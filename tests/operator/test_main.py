@@ -64,7 +64,9 @@ class Replica:
         self.out, self.log = folder / "out", folder / "log"
         folder.mkdir()
         quiet = ["--trainer-image=trainer:test", "--port=0", "--progress-seconds=0"]
-        command = [sys.executable, "-W", "error", "-c", STUB, *quiet, *flags]
+        # A watch that is left closes its connection once the API server has answered, which kopf does not wait for.
+        strict = ["-W", "error", "-W", "ignore::ResourceWarning"]
+        command = [sys.executable, *strict, "-c", STUB, *quiet, *flags]
         with self.out.open("wb") as out, self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=log, env={**os.environ, "KUBECONFIG": str(kubeconfig), **environment}

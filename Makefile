@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/digits/demo.sh $(DEMO)
 
 CAN_RUN_PODS = test "$$(id -u)" = 0 && command -v go containerd buildah promtool >/dev/null
-# A process more than cores: some of them wait for a cluster. The longest files come first, as tests/conftest.py sorts them.
+# A process more than cores: some of them wait for a cluster. Their order is that of tests/conftest.py.
 PYTEST = $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 LEFT_OUT = left out: the tests that run a Kubernetes; they need root, Go 1.24+ and the Debian packages in .ci/run
 

@@ -535,15 +535,16 @@ def _linked(source: Path, target: Path) -> bool:
     """Whether `target` is now what `source` is: by hard links, which take no room, and databases of its own. Nothing
     else that is there is ever written to. False across file systems, and `target` is as it was."""
     new = target.with_name(f"{target.name}.new")
-    linked = subprocess.run(["cp", "-al", source, new], capture_output=True).returncode == 0
-    if linked:
-        for database in new.glob("*/*.db"):
-            database.unlink()
-            shutil.copy2(source / database.relative_to(new), database)
-        shutil.rmtree(target, ignore_errors=True)
-        new.replace(target)
-    shutil.rmtree(new, ignore_errors=True)
-    return linked
+    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    if subprocess.run(["cp", "-al", source, new], capture_output=True).returncode:
+        shutil.rmtree(new, ignore_errors=True)
+        return False
+    for database in new.glob("*/*.db"):
+        database.unlink()
+        shutil.copy2(source / database.relative_to(new), database)
+    shutil.rmtree(target, ignore_errors=True)
+    new.replace(target)
+    return True
 
 
 def _ip(*argv: str) -> int:

@@ -65,7 +65,8 @@ class Replica:
         folder.mkdir()
         quiet = ["--trainer-image=trainer:test", "--port=0", "--progress-seconds=0"]
         # A watch that is left closes its connection once the API server has answered, which kopf does not wait for.
-        strict = ["-W", "error", "-W", "ignore::ResourceWarning"]
+        unclosed = ("unclosed transport", "unclosed <socket.socket")
+        strict = ["-W", "error", *(f"-Wignore:{what}:ResourceWarning" for what in unclosed)]
         command = [sys.executable, *strict, "-c", STUB, *quiet, *flags]
         with self.out.open("wb") as out, self.log.open("wb") as log:
             self.process = subprocess.Popen(
